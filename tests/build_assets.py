@@ -1,0 +1,259 @@
+"""Make the bundled sample in tests/assets again: three offline data sets, a text GPT-2 and an ImageGPT.
+
+    python tests/build_assets.py --what data      # a minute, needs only requirements.txt
+    python tests/build_assets.py --what text      # apt-get install bible-kjv bible-kjv-text wordnet-base
+    python tests/build_assets.py --what images    # apt-get install dataset-fashion-mnist
+
+The models are pre-trained with transformers' own classes and losses, so that nothing in this file can share a
+mistake with the scripts. Every command prints what it reached; tests/assets/README.md quotes those lines.
+"""
+
+import gzip
+import math
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+ASSETS = Path(__file__).resolve().parent / "assets"
+
+
+@dataclass
+class Args:
+    what: tuple[Literal["data", "text", "images"], ...] = ("data", "text", "images")
+    """which parts to make again"""
+    min_steps: int = 20_000
+    """environment steps per data set; the last episode is always finished"""
+    train_steps: int = 2_400
+    """pre-training steps of each model"""
+    seed: int = 666
+    """seed of the pre-training"""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Data: whole episodes of three stochastic medium-level SAC actors
+# ---------------------------------------------------------------------------------------------------------------
+class Actor:
+    """A tanh-Gaussian SAC actor: three linear layers, ReLU, float32 observation in, action in (-1, 1) out."""
+
+    def __init__(self, path):
+        weights = np.load(path)
+        self.layers = [(weights[f"{i}.weight"], weights[f"{i}.bias"]) for i in (0, 2, 4)]
+
+    def __call__(self, observation, noise):
+        h = observation
+        for weight, bias in self.layers[:-1]:
+            h = np.maximum(weight @ h + bias, 0)
+        mean, raw = np.split(self.layers[-1][0] @ h + self.layers[-1][1], 2)
+        log_std = -5 + 3.5 * (np.tanh(raw) + 1)
+        return np.tanh(mean + np.exp(log_std) * noise.standard_normal(len(mean))).astype(np.float32)
+
+
+def build_data(env_name, first_seed, min_steps):
+    """Collect `min_steps` or a few more in {env_name}-v5 and store them as a Minari data set."""
+    import gymnasium as gym
+    import minari
+    from minari.data_collector import EpisodeBuffer
+
+    env = gym.wrappers.DtypeObservation(gym.make(f"{env_name}-v5"), "float32")  # a string: np.float32 breaks the spec
+    actor = Actor(ASSETS / "policies" / f"{env_name}-v5-medium.npz")
+    episodes, total_steps = [], 0
+    progress = tqdm(total=min_steps, desc=f"{env_name}-v5", unit="step")
+    while total_steps < min_steps:
+        seed = first_seed + len(episodes)
+        noise = np.random.default_rng([first_seed, len(episodes)])
+        observation, _ = env.reset(seed=seed)
+        episode = EpisodeBuffer(id=len(episodes), seed=seed, observations=[observation], actions=[])
+        terminated = truncated = False
+        while not (terminated or truncated):
+            action = actor(observation, noise)
+            observation, reward, terminated, truncated, _ = env.step(action)
+            episode.observations.append(observation)
+            episode.actions.append(action)
+            episode.rewards.append(reward)
+            episode.terminations.append(terminated)
+            episode.truncations.append(truncated)
+        episodes.append(episode)
+        total_steps += len(episode.rewards)
+        progress.update(len(episode.rewards))
+    progress.close()
+
+    folder = ASSETS / f"{env_name.lower()}-medium"
+    shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as root:
+        os.environ["MINARI_DATASETS_PATH"] = root
+        minari.create_dataset_from_buffers(
+            f"sample/{env_name.lower()}/medium-v0", buffer=episodes, env=env, data_format="hdf5",
+            algorithm_name="SAC, stopped at medium level, stochastic policy",
+            description=f"{env_name}-v5, actor policies/{env_name}-v5-medium.npz, environment seeds from {first_seed}",
+            requirements=[f"gymnasium=={gym.__version__}"],
+        )  # fmt: skip
+        shutil.copytree(Path(root) / "sample" / env_name.lower() / "medium-v0", folder)
+    returns = [sum(episode.rewards) for episode in episodes]
+    print(f"{folder.name}: {len(episodes)} episodes, {total_steps} steps, return {np.mean(returns):.0f} ± {np.std(returns):.0f}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Text: a GPT-2 on the King James Bible and the glosses of WordNet
+# ---------------------------------------------------------------------------------------------------------------
+def read_text():
+    """Return a list of documents: chapters of the Bible, and WordNet's synsets as 'word, word: gloss' lines."""
+    verses = subprocess.run(["bible", "-f", "gen1:1-rev22:21"], capture_output=True, text=True, check=True).stdout
+    chapters = {}
+    for line in verses.splitlines():
+        reference, _, verse = line.partition(" ")
+        chapters.setdefault(reference.split(":")[0], []).append(verse)
+    documents = [" ".join(verses) for verses in chapters.values()]
+    for part in ("noun", "verb", "adj", "adv"):
+        lines = Path(f"/usr/share/wordnet/data.{part}").read_text(encoding="latin-1").splitlines()
+        glosses = []
+        for line in lines:
+            if re.match(r"\d{8} ", line):  # the licence at the top of the file has no such number
+                fields, _, gloss = line.partition(" | ")
+                fields = fields.split()
+                words = [re.sub(r"\(.*\)", "", word).replace("_", " ") for word in fields[4 : 4 + 2 * int(fields[3], 16) : 2]]
+                glosses.append(f"{', '.join(words)}: {gloss.strip()}")
+        documents += ["\n".join(glosses[i : i + 50]) for i in range(0, len(glosses), 50)]
+    return documents
+
+
+def build_text(train_steps, seed):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    documents = read_text()
+    np.random.default_rng(seed).shuffle(documents)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    end = "<|endoftext|>"
+    trainer = trainers.BpeTrainer(
+        vocab_size=2048, special_tokens=[end], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    encoded = [encoding.ids + [0] for encoding in tokenizer.encode_batch(documents)]
+    held_out = len(encoded) // 20
+    test, train = (torch.tensor(sum(part, [])) for part in (encoded[:held_out], encoded[held_out:]))
+    print(f"text: {sum(map(len, documents)) / 1e6:.1f} M characters, {len(train) / 1e6:.2f} M training tokens")
+
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=2048, n_positions=256, n_embd=128, n_layer=4, n_head=4, bos_token_id=0, eos_token_id=0,
+        embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config)
+    length = 128
+
+    def batch(tokens, size):
+        starts = torch.randint(len(tokens) - length, (size, 1))
+        return tokens[starts + torch.arange(length)]
+
+    pretrain(model, lambda: batch(train, 32), train_steps)
+    windows = test[: len(test) // length * length].view(-1, length)
+    loss = evaluate(model, windows, causal_loss)
+    counts = torch.bincount(test, minlength=2048).double()
+    save(model, "text-gpt2")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end).save_pretrained(ASSETS / "text-gpt2")
+    print(f"text-gpt2: held out {loss / math.log(2):.3f} bits a token, unigram entropy {entropy(counts):.3f}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Images: an ImageGPT on Fashion-MNIST, 14 x 14 pixels in 16 greys
+# ---------------------------------------------------------------------------------------------------------------
+def read_images(part):
+    """Return [images, 196] grey levels 0..15 in raster order."""
+    with gzip.open(f"/usr/share/datasets/fashion-mnist/{part}-images-idx3-ubyte.gz") as file:
+        pixels = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 14, 2, 14, 2)
+    return torch.from_numpy((pixels.mean((2, 4)) / 16).astype(np.int64)).view(-1, 196)
+
+
+def build_images(train_steps, seed):
+    from transformers import ImageGPTConfig, ImageGPTForCausalImageModeling
+
+    train, test = (with_start(read_images(part)) for part in ("train", "t10k"))
+    torch.manual_seed(seed)
+    config = ImageGPTConfig(
+        vocab_size=17, n_positions=197, n_embd=128, n_layer=4, n_head=4,
+        embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
+    )  # fmt: skip
+    config.is_decoder = True  # without it transformers 5 asks for a bidirectional mask
+    model = ImageGPTForCausalImageModeling(config)
+    pretrain(model, lambda: train[torch.randint(len(train), (32,))], train_steps)
+    loss = evaluate(model, test[:2000], causal_loss)
+    counts = torch.bincount(test[:2000, 1:].flatten(), minlength=16).double()
+    save(model, "image-gpt")
+    print(f"image-gpt: held out {loss / math.log(2):.3f} bits a pixel, unigram entropy {entropy(counts):.3f}")
+
+
+def with_start(images):
+    """Put ImageGPT's start-of-sequence token (16) before each image: [images, 197]."""
+    return torch.cat([torch.full((len(images), 1), 16), images], dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pre-training, the same for both
+# ---------------------------------------------------------------------------------------------------------------
+def causal_loss(model, tokens):
+    """Mean cross-entropy, in nats, of each token given those before it."""
+    logits = model(tokens, use_cache=False).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def pretrain(model, sample_batch, train_steps, learning_rate=2e-3, warmup_steps=200):
+    """AdamW with warm-up and cosine decay, bf16 autocast, gradient norm clipped to 1."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    progress = tqdm(range(train_steps), desc=type(model).__name__, unit="step")
+    for step in progress:
+        decay = 0.5 * (1 + math.cos(math.pi * step / train_steps))
+        optimizer.param_groups[0]["lr"] = learning_rate * min((step + 1) / warmup_steps, max(decay, 0.02))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = causal_loss(model, sample_batch())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 50 == 0:
+            progress.set_postfix(loss=f"{loss.item():.3f}")
+
+
+@torch.no_grad()
+def evaluate(model, windows, loss):
+    """Mean loss over `windows` [windows, tokens], after rounding the weights to float16 as they will be stored."""
+    model.half().float().eval()
+    batches = windows.split(50)
+    return sum(loss(model, batch).item() * len(batch) for batch in batches) / len(windows)
+
+
+def entropy(counts):
+    """Entropy in bits of the distribution with these counts."""
+    p = counts[counts > 0] / counts.sum()
+    return -(p * p.log2()).sum().item()
+
+
+def save(model, name):
+    """Write a Hugging Face folder with float16 safetensors in place of the old one."""
+    shutil.rmtree(ASSETS / name, ignore_errors=True)
+    if hasattr(model.config, "is_decoder"):
+        del model.config.is_decoder  # the checkpoints on the hub do not have it either
+    model.half().save_pretrained(ASSETS / name)
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    if "data" in args.what:
+        build_data("Hopper", 400_000, args.min_steps)
+        build_data("HalfCheetah", 500_000, args.min_steps)
+        build_data("Walker2d", 600_000, args.min_steps)
+    if "text" in args.what:
+        build_text(args.train_steps, args.seed)
+    if "images" in args.what:
+        build_images(args.train_steps, args.seed)

@@ -1,0 +1,231 @@
+"""The model against transformers' GPT2Model, ImageGPTModel and DecisionTransformerModel, in float32."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from conftest import ASSETS
+
+import dt_pretrained as dt
+
+FOLDERS = {"gpt2": "text-gpt2", "igpt": "image-gpt"}
+BACKBONES = ("gpt2", "igpt", "igpt-as-gpt2", "random", "random-gpt2")
+
+
+def sample_args(backbone, **changes):
+    return dt.resolve(dt.Args(backbone=backbone, sample=True, device="cpu", **changes))
+
+
+def decision_transformer(backbone, state_dim=11, act_dim=3, max_timestep=50):
+    torch.manual_seed(0)
+    config, weights, _ = dt.load_backbone(sample_args(backbone))
+    model = dt.DecisionTransformer(config, state_dim, act_dim, max_timestep)
+    if weights is not None:
+        model.transformer.load_state_dict(weights)
+    return model.eval()
+
+
+def reference_backbone(kind, fresh):
+    """transformers' own model: the bundled weights, or fresh ones that differ from our initialization everywhere."""
+    model_class = {"gpt2": transformers.GPT2Model, "igpt": transformers.ImageGPTModel}[kind]
+    reference = model_class.from_pretrained(ASSETS / FOLDERS[kind], dtype=torch.float32)
+    if fresh:
+        torch.manual_seed(1)
+        for parameter in reference.parameters():
+            parameter.data.normal_(std=0.1)
+    reference.wpe.weight.data.zero_()
+    reference.config.is_decoder = True  # without it transformers 5 gives ImageGPT a bidirectional mask
+    return reference.eval()
+
+
+def copy_into_gpt(reference, kind):
+    config, _, _ = dt.load_backbone(sample_args(kind))
+    ours = dt.GPT(config)
+    ours.load_state_dict({k: v for k, v in reference.state_dict().items() if not k.startswith(("wte.", "wpe."))})
+    return ours.eval()
+
+
+def relative_difference(ours, theirs):
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fresh", [False, True], ids=["bundled", "fresh"])
+@pytest.mark.parametrize("kind", ["gpt2", "igpt"])
+def test_hidden_states_equal_transformers(kind, fresh, record_property):
+    reference = reference_backbone(kind, fresh)
+    ours = copy_into_gpt(reference, kind)
+    x = torch.randn(3, 60, 128)
+    theirs = reference(inputs_embeds=x, use_cache=False, output_hidden_states=True)
+    hidden = x
+    differences = []
+    for block, expected in zip(ours.h[:-1], theirs.hidden_states[1:]):
+        hidden = block(hidden)
+        differences.append(relative_difference(hidden, expected))
+    differences.append(relative_difference(ours(x), theirs.last_hidden_state))
+    print(f"{kind}: largest relative difference {max(differences):.1e}")
+    assert max(differences) < 1e-4
+
+
+def random_window(length, state_dim=11, act_dim=3, batch=2):
+    return (
+        torch.randn(batch, length, 1),
+        torch.randn(batch, length, state_dim),
+        torch.rand(batch, length, act_dim) * 2 - 1,
+        torch.arange(5, 5 + length).expand(batch, length),
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", ["gpt2", "igpt-as-gpt2", "random", "random-gpt2"])
+def test_whole_model_equals_transformers_decision_transformer(backbone):
+    """Left-padded and masked there, right-padded and unmasked here: the same at every valid step."""
+    ours = decision_transformer(backbone)
+    ours.embed_timestep.weight.zero_()  # theirs adds it before the LayerNorm
+    config, _, _ = dt.load_backbone(sample_args(backbone))
+    theirs = transformers.DecisionTransformerModel(
+        transformers.DecisionTransformerConfig(
+            state_dim=11, act_dim=3, hidden_size=config.n_embd, n_layer=config.n_layer, n_head=config.n_head,
+            activation_function=config.activation, max_ep_len=50, n_positions=256,
+        )  # fmt: skip
+    ).eval()
+    state = {f"encoder.{k}": v for k, v in ours.transformer.state_dict().items()}
+    state |= {k: v for k, v in ours.state_dict().items() if k.startswith("embed_")}
+    state |= {"predict_action.0.weight": ours.embed_action.weight.T, "predict_action.0.bias": torch.zeros(3)}
+    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    assert not unexpected and all(k.startswith(("encoder.wte", "encoder.wpe", "predict_")) for k in missing)
+    theirs.encoder.wpe.weight.zero_()
+
+    valid, K = 13, 20
+    window = random_window(valid)
+    left = [torch.cat([x.new_ones(2, K - valid, *x.shape[2:]), x], dim=1) for x in window]
+    right = [torch.cat([x, x.new_ones(2, K - valid, *x.shape[2:])], dim=1) for x in window]
+    mask = torch.arange(K).ge(K - valid).long().expand(2, K)
+    expected = theirs(
+        returns_to_go=left[0], states=left[1], actions=left[2], rewards=None, timesteps=left[3], attention_mask=mask
+    ).action_preds[:, K - valid :]
+    difference = relative_difference(ours(*right)[:, :valid], expected)
+    print(f"{backbone}: largest relative difference {difference:.1e}")
+    assert difference < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["gpt2", "igpt"])
+def test_time_embedding_after_layer_norm_against_plain_reference(kind):
+    """Tokens put together one at a time and sent through transformers' own backbone."""
+    ours = decision_transformer(kind)
+    reference = reference_backbone(kind, fresh=False)
+    returns_to_go, states, actions, timesteps = random_window(7)
+    tokens = []
+    for t in range(7):
+        for embedding, value in ((ours.embed_return, returns_to_go), (ours.embed_state, states), (ours.embed_action, actions)):
+            token = embedding.weight @ value[0, t] + embedding.bias
+            token = (token - token.mean()) / (token.var(correction=0) + 1e-5).sqrt()
+            tokens.append(token * ours.embed_ln.weight + ours.embed_ln.bias + ours.embed_timestep.weight[timesteps[0, t]])
+    hidden = reference(inputs_embeds=torch.stack(tokens)[None], use_cache=False).last_hidden_state[0]
+    expected = torch.tanh(hidden[1::3] @ ours.embed_action.weight)
+    assert relative_difference(ours(returns_to_go, states, actions, timesteps)[0], expected) < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_causality(backbone):
+    """Changing a step changes no earlier prediction, changing an action not even its own; the next one does change."""
+    model = decision_transformer(backbone)
+    window = random_window(9)
+    before = model(*window)
+    for changed in range(3):  # return, state, action of step 5
+        later = [x.clone() for x in window]
+        later[changed][:, 5] += 1.0
+        after = model(*later)
+        unchanged = 6 if changed == 2 else 5
+        assert torch.equal(before[:, :unchanged], after[:, :unchanged])
+        assert not torch.allclose(before[:, unchanged], after[:, unchanged])
+
+
+def test_igpt_as_gpt2_differs_exactly_by_the_layer_norm():
+    real, as_gpt2 = decision_transformer("igpt"), decision_transformer("igpt-as-gpt2")
+    ours, theirs = real.state_dict(), as_gpt2.state_dict()
+    new = set(theirs) - set(ours)
+    norms = [f"transformer.h.{i}.ln_{j}" for i in range(4) for j in (1, 2)] + ["transformer.ln_f"]
+    assert new == {f"{norm}.bias" for norm in norms} and not any(theirs[k].any() for k in new)
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    for norm in norms:  # exchanging the LayerNorm, and nothing else, makes one the other
+        parent, _, name = norm.rpartition(".")
+        setattr(as_gpt2.get_submodule(parent), name, real.get_submodule(norm))
+    window = random_window(6)
+    assert torch.equal(real(*window), as_gpt2(*window))
+    assert not torch.allclose(real(*window), decision_transformer("igpt-as-gpt2")(*window))
+
+
+def test_random_backbones_are_the_papers():
+    args = dt.resolve(dt.Args(backbone="random", device="cpu"))
+    assert (args.n_layer, args.n_head, args.n_embd, args.activation) == (12, 1, 768, "relu")
+    args = dt.resolve(dt.Args(backbone="random-gpt2", device="cpu"))
+    assert (args.n_layer, args.n_head, args.n_embd, args.activation) == (12, 12, 768, "gelu_new")
+    block = decision_transformer("random").transformer.h[1]
+    for layer in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
+        assert abs(layer.weight.std().item() - 0.02) < 1e-3 and not layer.bias.any()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "igpt"])
+def test_module_names_are_the_checkpoints(kind):
+    reference = reference_backbone(kind, fresh=False)
+    ours = copy_into_gpt(reference, kind)
+    names = {n for n, _ in reference.named_modules() if n and not n.startswith(("wte", "wpe")) and "attn_dropout" not in n}
+    assert names <= {n for n, _ in ours.named_modules()}
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "igpt"])
+def test_pytorch_bin_gives_the_same_weights_as_safetensors(kind, tmp_path):
+    """openai/imagegpt-small has only a pytorch_model.bin on the hub."""
+    source = ASSETS / FOLDERS[kind]
+    shutil.copy(source / "config.json", tmp_path)
+    whole = {"gpt2": transformers.GPT2LMHeadModel, "igpt": transformers.ImageGPTForCausalImageModeling}[kind]
+    torch.save(whole.from_pretrained(source).state_dict(), tmp_path / "pytorch_model.bin")
+    _, expected, _ = dt.load_backbone(sample_args(kind))
+    _, weights, source = dt.load_backbone(sample_args(str(tmp_path)))
+    assert source == str(tmp_path) and weights.keys() == expected.keys()
+    assert all(torch.equal(weights[k], expected[k]) and weights[k].dtype == torch.float32 for k in expected)
+
+
+def damaged_checkpoint(folder, change):
+    """Copy the bundled GPT-2 with `change` applied to its weights."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(ASSETS / "text-gpt2" / "model.safetensors")
+    change(weights)
+    shutil.copy(ASSETS / "text-gpt2" / "config.json", folder)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: w.pop("transformer.h.1.mlp.c_fc.bias"),
+        lambda w: w.update({"transformer.h.9.mlp.c_fc.bias": torch.zeros(3)}),
+        lambda w: w.update({"transformer.h.1.mlp.c_fc.bias": torch.zeros(3)}),
+    ],
+    ids=["missing", "left over", "misshapen"],
+)
+def test_incomplete_checkpoints_are_refused(change, tmp_path, capsys):
+    damaged_checkpoint(tmp_path, change)
+    with pytest.raises(SystemExit) as end:
+        dt.load_backbone(sample_args(str(tmp_path)))
+    assert end.value.code == 2 and "h." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, {"model_type": "bert"}, {"no": "model_type"}])
+def test_folders_that_are_no_gpt_are_refused(content, tmp_path, capsys):
+    if content:
+        (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit) as end:
+        dt.load_backbone(sample_args(str(tmp_path)))
+    assert end.value.code == 2 and str(tmp_path) in capsys.readouterr().err
+
+
+def test_word_and_position_embeddings_are_not_kept():
+    names = decision_transformer("gpt2").state_dict()
+    assert not any("wte" in name or "wpe" in name for name in names)
