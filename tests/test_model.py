@@ -24,6 +24,7 @@ def decision_transformer(backbone, state_dim=11, act_dim=3, max_timestep=50):
     model = dt.DecisionTransformer(config, state_dim, act_dim, max_timestep)
     if weights is not None:
         model.transformer.load_state_dict(weights)
+    model.embed_action.weight.data *= 0.1  # its tanh must not be saturated, or every model predicts the same
     return model.eval()
 
 
