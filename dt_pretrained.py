@@ -41,7 +41,7 @@ class Args:
     """gymnasium environment: Hopper, HalfCheetah or Walker2d, -v4 or -v5; any other one with flat Box spaces needs
     --dataset and --target-return"""
     dataset: str | None = None
-    """Minari id, folder of a Minari data set, or D4RL .hdf5 file (default: mujoco/{hopper,halfcheetah,walker2d}/medium-v0)"""
+    """Minari id, folder of a Minari data set, or D4RL .hdf5 file; if not given, mujoco/{hopper,halfcheetah,walker2d}/medium-v0"""
     sample: bool = False
     """run on the small bundled data and backbones, every size that is not set chosen for two minutes on two CPU cores"""
 
@@ -71,16 +71,16 @@ class Args:
     num_eval_episodes: int = 100
     """episodes per evaluation"""
     target_return: float | None = None
-    """return the model is asked for (default: Hopper 3600, HalfCheetah 6000, Walker2d 5000)"""
+    """return the model is asked for; if not given, Hopper 3600, HalfCheetah 6000, Walker2d 5000"""
 
     n_layer: int | None = None
-    """blocks of a random backbone (default: 12)"""
+    """blocks of a random backbone; if not given, 12"""
     n_head: int | None = None
-    """attention heads of a random backbone (default: random 1, random-gpt2 12)"""
+    """attention heads of a random backbone; if not given, random 1, random-gpt2 12"""
     n_embd: int | None = None
-    """width of a random backbone (default: 768)"""
+    """width of a random backbone; if not given, 768"""
     activation: Literal["relu", "gelu", "gelu_new", "quick_gelu"] | None = None
-    """activation of a random backbone (default: random relu, random-gpt2 gelu_new)"""
+    """activation of a random backbone; if not given, random relu, random-gpt2 gelu_new"""
 
     seed: int = 666
     """fixes initial weights, windows, dropout and evaluation episodes"""
@@ -89,12 +89,12 @@ class Args:
     save_epochs: tuple[int, ...] = (0, 1, 4)
     """epochs after which a checkpoint is kept, 0 being before training; the last is always kept"""
     run_name: str | None = None
-    """folder under runs/ (default: {env}__{script}__{backbone}__{seed}__{time})"""
+    """folder under runs/; if not given, {env}__{script}__{backbone}__{seed}__{time}"""
 
 
 # What --sample changes where the user did not say otherwise.
 SAMPLE = Args(
-    sample=True, learning_rate=1e-3, warmup_steps=50, num_epochs=4, steps_per_epoch=150, num_eval_episodes=10,
+    sample=True, batch_size=32, learning_rate=1e-3, warmup_steps=50, num_epochs=4, steps_per_epoch=200, num_eval_episodes=10,
     save_epochs=(0, 1),
 )  # fmt: skip
 
@@ -761,7 +761,7 @@ if __name__ == "__main__":
     writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{rows}")
 
     optimizer = torch.optim.AdamW(
-        model.parameters(), args.learning_rate, weight_decay=args.weight_decay, eps=1e-8 if weights is None else 1e-6
+        model.parameters(), args.learning_rate, weight_decay=args.weight_decay, eps=1e-8 if weights is None else 1e-6, fused=True
     )
     windows = torch.Generator(args.device).manual_seed(args.seed)  # draws the starts of the windows
     metric_names = ("loss", "grad_norm", "clipped_fraction", "saturated_fraction")
