@@ -8,13 +8,16 @@ Learning", NeurIPS 2022, https://arxiv.org/abs/2211.09817 (section 4, Table 1). 
 arguments, model, backbones, data, evaluation, records, experiment.
 """
 
+import contextlib
+import errno
 import json
 import math
 import os
+import signal
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +30,7 @@ from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
 ASSETS = Path(__file__).resolve().parent / "tests" / "assets"
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
 
 # ======================================================================================================================
@@ -86,10 +90,14 @@ class Args:
     """fixes initial weights, windows, dropout and evaluation episodes"""
     device: str = "auto"
     """auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, mps"""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """of matrix products, weights are always float32; auto is bf16 where the device computes with it"""
     save_epochs: tuple[int, ...] = (0, 1, 4)
     """epochs after which a checkpoint is kept, 0 being before training; the last is always kept"""
     run_name: str | None = None
     """folder under runs/; if not given, {env}__{script}__{backbone}__{seed}__{time}"""
+    resume: str | None = None
+    """run folder to go on with; its arguments hold, and only --num-epochs, --save-epochs and --device may change"""
 
 
 # What --sample changes where the user did not say otherwise.
@@ -119,57 +127,66 @@ RETURN_SCALE = 1000  # returns-to-go are divided by this before they enter the m
 
 def stop(message):
     """End the program with one sentence on stderr and exit status 2: the user can put this right."""
-    print(f"error: {message}", file=sys.stderr)
+    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, also beside a progress bar
     raise SystemExit(2)
 
 
 def resolve(args):
-    """Fill in the defaults that depend on other arguments and refuse values that cannot work."""
-    task = TASKS.get(args.env.rsplit("-v", 1)[0])
-    if args.sample and task is None and args.dataset is None:
-        stop(f"the sample has no data for {args.env}; use Hopper, HalfCheetah or Walker2d, or give --dataset.")
-    if task is None and (args.dataset is None or args.target_return is None):
+    """Fill in what depends on other arguments and refuse what cannot work."""
+    env_name = args.env.rsplit("-v", 1)[0]
+    task, bundled = TASKS.get(env_name), ASSETS / f"{env_name.lower()}-medium"
+    if task is None and None in (args.dataset, args.target_return):
         stop(f"{args.env} is not one of the study's environments ({', '.join(TASKS)}): give --dataset and --target-return.")
-    for name in ("context_length", "batch_size", "num_epochs", "steps_per_epoch", "num_eval_episodes", "learning_rate"):
-        if getattr(args, name) <= 0:
-            stop(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}.")
-    for name in ("dropout", "attention_dropout", "embedding_dropout"):
-        if not 0 <= getattr(args, name) < 1:
-            stop(f"--{name.replace('_', '-')} must be in [0, 1), not {getattr(args, name)}.")
-    for name in ("max_grad_norm", "weight_decay", "warmup_steps"):
-        if getattr(args, name) < 0:
-            stop(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}.")
+    least = dict(context_length=1, batch_size=1, num_epochs=1, steps_per_epoch=1, num_eval_episodes=1)
+    least |= dict(learning_rate=0, weight_decay=0, warmup_steps=0, max_grad_norm=0)
+    least |= dict(dropout=0, attention_dropout=0, embedding_dropout=0)
+    for name, bound in least.items():
+        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
+        if not bound <= value < (1 if "dropout" in name else math.inf):
+            stop(f"{flag} must be at least {bound}{' and below 1' if 'dropout' in name else ''}, but is {value}.")
+    if args.batch_size % WORLD_SIZE or args.num_eval_episodes < WORLD_SIZE:
+        stop(f"--batch-size must be a multiple of the {WORLD_SIZE} processes, and --num-eval-episodes not below it.")
 
-    if args.dataset is None:
-        bundled = ASSETS / f"{args.env.rsplit('-v', 1)[0].lower()}-medium"
-        args = replace(args, dataset=str(bundled) if args.sample else task.dataset)
-    if args.target_return is None:
-        args = replace(args, target_return=task.target_return)
-    if args.device == "auto":
-        args = replace(args, device="cuda" if torch.cuda.is_available() else "cpu")
+    args.dataset = args.dataset or (str(bundled) if args.sample else task.dataset)
+    args.dataset = str(Path(args.dataset).resolve()) if Path(args.dataset).exists() else args.dataset
+    args.target_return = task.target_return if args.target_return is None else args.target_return
+    if args.device == "cuda" or args.device == "auto" and torch.cuda.is_available():
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    args.device = "cpu" if args.device == "auto" else args.device
     try:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
-        stop(f"--device {args.device} cannot be used here ({str(error).splitlines()[0]}); try --device cpu.")
+        stop(f"--device {args.device} cannot be used here ({first_line(error)}); try --device cpu.")
+    if args.precision == "auto":
+        on_cpu = torch.cpu.get_capabilities()  # without these instructions bf16 is slower than float32
+        has_bf16 = on_cpu.get("avx512_bf16") or on_cpu.get("amx_bf16") if args.device == "cpu" else args.device != "mps"
+        args.precision = "bf16" if has_bf16 else "fp32"
 
+    architecture = ("n_layer", "n_head", "n_embd", "activation")
     if args.backbone in ("random", "random-gpt2"):
         n_layer, n_head, n_embd = (4, 4, 128) if args.sample else (12, 12, 768)
-        n_head, activation = (1, "relu") if args.backbone == "random" else (n_head, "gelu_new")
-        args = replace(
-            args,
-            n_layer=args.n_layer or n_layer,
-            n_head=args.n_head or n_head,
-            n_embd=args.n_embd or n_embd,
-            activation=args.activation or activation,
-        )
+        defaults = (n_layer, 1, n_embd, "relu") if args.backbone == "random" else (n_layer, n_head, n_embd, "gelu_new")
+        for name, default in zip(architecture, defaults):
+            setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
         if min(args.n_layer, args.n_head, args.n_embd) < 1 or args.n_embd % args.n_head:
             stop(f"--n-embd {args.n_embd} must be a positive multiple of --n-head {args.n_head}, and --n-layer positive.")
-    elif any(getattr(args, name) is not None for name in ("n_layer", "n_head", "n_embd", "activation")):
+    elif any(getattr(args, name) is not None for name in architecture):
         stop("--n-layer, --n-head, --n-embd and --activation are for the random backbones; a checkpoint brings its own.")
+    elif Path(args.backbone).is_dir():
+        args.backbone = str(Path(args.backbone).resolve())
     if args.run_name is None:
-        backbone = Path(args.backbone).name if Path(args.backbone).is_dir() else args.backbone.replace("/", "--")
-        args = replace(args, run_name=f"{args.env.replace('/', '--')}__{SCRIPT}__{backbone}__{args.seed}__{int(time.time())}")
+        args.run_name = f"{args.env}__{SCRIPT}__{backbone_name(args)}__{args.seed}__{int(time.time())}".replace("/", "--")
     return args
+
+
+def backbone_name(args):
+    return Path(args.backbone).name if os.path.isabs(args.backbone) else args.backbone
+
+
+def first_line(error):
+    """Class and first line of an exception's text, without a closing full stop."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].rstrip('.') if lines else 'no details'}"
 
 
 # ======================================================================================================================
@@ -223,7 +240,7 @@ class Conv1D(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n_out))
 
     def forward(self, x):
-        return F.linear(x, self.weight.T, self.bias)
+        return torch.addmm(self.bias, x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
 
 
 class Attention(nn.Module):
@@ -341,25 +358,18 @@ def load_backbone(args):
     theirs = checkpoint.config
     if theirs.activation_function not in ACTIVATIONS:
         stop(f"{source} uses the activation {theirs.activation_function}; known here are {', '.join(ACTIVATIONS)}.")
+    same = ("n_layer", "n_head", "n_embd", "layer_norm_epsilon", "scale_attn_weights", "scale_attn_by_inverse_layer_idx")
     config = GPTConfig(
-        n_layer=theirs.n_layer,
-        n_head=theirs.n_head,
-        n_embd=theirs.n_embd,
+        **{name: getattr(theirs, name) for name in same},
         n_inner=theirs.n_inner or 4 * theirs.n_embd,
         activation=theirs.activation_function,
         layer_norm=theirs.model_type,
-        layer_norm_epsilon=theirs.layer_norm_epsilon,
-        scale_attn_weights=theirs.scale_attn_weights,
-        scale_attn_by_inverse_layer_idx=theirs.scale_attn_by_inverse_layer_idx,
         **dropouts,
     )
     # A Decision Transformer brings its own embeddings.
     weights = {name: value for name, value in checkpoint.state_dict().items() if not name.startswith(("wte.", "wpe."))}
     if args.backbone == "igpt-as-gpt2":
-        # GPT-2's LayerNorm subtracts the mean and has a bias, which ImageGPT's weights do not know of.
-        if config.layer_norm != "imagegpt":
-            stop(f"igpt-as-gpt2 needs an ImageGPT, but {source} is a {config.layer_norm}.")
-        config = replace(config, layer_norm="gpt2")
+        config = replace(config, layer_norm="gpt2")  # which subtracts the mean and has a bias that ImageGPT does not know
         norms = [name for name in weights if name.split(".")[-2].startswith("ln_")]
         weights |= {name.replace("weight", "bias"): torch.zeros_like(weights[name]) for name in norms}
     return config, weights, source
@@ -372,53 +382,34 @@ def read_checkpoint(source):
     """
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # no background request to convert .bin files
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
     from transformers import AutoConfig, GPT2Model, ImageGPTModel
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
-    def read(local_files_only):
-        config = AutoConfig.from_pretrained(source, local_files_only=local_files_only, trust_remote_code=False)
+    def read(**options):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
         if config.model_type not in ("gpt2", "imagegpt"):
             stop(f"{source} is a {config.model_type} model; --backbone takes GPT-2 and ImageGPT checkpoints.")
         model_class = GPT2Model if config.model_type == "gpt2" else ImageGPTModel
-        return model_class.from_pretrained(
-            source, config=config, dtype=torch.float32, local_files_only=local_files_only, output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )  # fmt: skip
+        options |= dict(config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
+        return model_class.from_pretrained(source, **options)
 
-    if Path(source).is_dir():
-        try:
-            return read(local_files_only=True)
-        except Exception as error:
-            stop(f"the folder {source} holds no readable GPT-2 or ImageGPT checkpoint: {first_line(error)}")
     try:
         return read(local_files_only=True)
-    except (OSError, ValueError):
-        pass  # not in the cache
-    where = f"neither a local folder nor in the hub's cache ({constants.HF_HUB_CACHE})"
+    except Exception as error:
+        if Path(source).is_dir():
+            stop(f"the folder {source} holds no readable GPT-2 or ImageGPT checkpoint: {first_line(error)}.")
     try:
         HfApi().model_info(source, timeout=10)  # one request: loading would retry for half a minute before it fails
-    except (RepositoryNotFoundError, HFValidationError):
-        names = ", ".join([*HUB_IDS, "random", "random-gpt2"])
-        stop(f"there is no backbone {source}: it is {where}, and the hub has none of that name; known names are {names}.")
+        return read()
     except Exception as error:
         stop(
-            f"the backbone {source} is {where}, and the Hugging Face hub cannot be reached ({first_line(error)}); "
-            "go online, give a local folder as --backbone, or try --sample."
+            f"the backbone {source} is neither a local folder nor in the hub's cache ({constants.HF_HUB_CACHE}), and the hub "
+            f"does not have it or cannot be reached ({first_line(error)}); known names are {', '.join(HUB_IDS)}, random and "
+            "random-gpt2; go online, give a local folder, or try --sample."
         )
-    try:
-        return read(local_files_only=False)
-    except Exception as error:
-        stop(f"the backbone {source} could not be loaded from the hub: {first_line(error)}")
-
-
-def first_line(error):
-    """Class and first line of an exception's text, without a closing full stop."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].rstrip('.') if lines else 'no details'}"
 
 
 # ======================================================================================================================
@@ -476,7 +467,7 @@ def load_data(args, env):
             f"the data set {args.dataset} has observations {theirs[0]} and actions {theirs[1]}, "
             f"but {args.env} has {ours[0]} and {ours[1]}; choose a --dataset of the same environment."
         )
-    if recorded_in not in (None, args.env):
+    if recorded_in not in (None, args.env) and RANK == 0:
         print(f"warning: {dataset_id} was recorded in {recorded_in} and is used for {args.env}.", file=sys.stderr)
 
     returns_to_go = [np.cumsum(r[::-1], dtype=np.float64)[::-1] / RETURN_SCALE for _, _, r in episodes]
@@ -530,19 +521,16 @@ def read_minari(dataset):
 
     folder = Path(dataset) if Path(dataset).is_dir() else get_dataset_path(dataset)
     if not folder.is_dir():
-        where = f"neither a folder nor in the local Minari folder ({get_dataset_path()})"
         try:
             if "MINARI_REMOTE" not in os.environ:  # one request: a download would retry for half a minute before it fails
                 HfApi().dataset_info(f"farama-minari/{dataset.split('/')[0]}", timeout=10)
-        except Exception as error:
-            stop(
-                f"the data set {dataset} is {where}, and Minari's hub does not have it or cannot be reached "
-                f"({first_line(error)}); go online, give a folder or a D4RL .hdf5 file as --dataset, or try --sample."
-            )
-        try:
             minari.download_dataset(dataset)
         except Exception as error:
-            stop(f"the data set {dataset} is {where}, and it could not be downloaded: {first_line(error)}")
+            stop(
+                f"the data set {dataset} is neither a folder nor in the local Minari folder ({get_dataset_path()}), and Minari's hub "
+                f"does not have it or cannot be reached ({first_line(error)}); go online, give a folder or a D4RL .hdf5 file as "
+                "--dataset, or try --sample."
+            )
     data_folder = folder / "data" if (folder / "data").is_dir() else folder
     try:
         data = minari.MinariDataset(data_folder)
@@ -557,8 +545,8 @@ def read_minari(dataset):
 # ======================================================================================================================
 # Evaluation: all episodes at once
 # ======================================================================================================================
-def make_env(args):
-    """Return a gymnasium vector environment with one copy per evaluation episode."""
+def make_env(args, num_copies):
+    """Return a gymnasium vector environment with `num_copies` of `args.env`."""
     import gymnasium as gym
 
     warnings.filterwarnings("ignore", message=".*is out of date.*")  # -v4 is what the paper used
@@ -570,7 +558,7 @@ def make_env(args):
     except ImportError:
         pass
     try:
-        env = gym.make_vec(args.env, args.num_eval_episodes, vectorization_mode="sync")
+        env = gym.make_vec(args.env, num_copies, vectorization_mode="sync")
     except Exception as error:
         stop(f"the environment {args.env} cannot be made: {first_line(error)}")
     for space in (env.single_observation_space, env.single_action_space):
@@ -588,11 +576,11 @@ def action_range(env):
 
 
 @torch.no_grad()
-def evaluate(model, env, data, args, progress=True):
-    """Play one episode in each copy of `env`, asking for `args.target_return`; seeds are args.seed, args.seed + 1, ...
+def evaluate(model, env, data, args, seeds):
+    """Play one episode in each copy of `env`, started with these seeds and asking for `args.target_return`.
 
     Returns the episodes' undiscounted returns and lengths in steps, both [episodes]. As in the Decision Transformer's
-    evaluation, the return-to-go falls by each reward and the model sees the last K steps.
+    evaluation, the return-to-go falls by each reward and the model sees the last K steps. A signal cuts it short.
     """
     model.eval()
     num_episodes, K = env.num_envs, args.context_length
@@ -606,8 +594,8 @@ def evaluate(model, env, data, args, progress=True):
     running = np.ones(num_episodes, dtype=bool)
 
     returns_to_go[:, 0] = args.target_return / RETURN_SCALE
-    observations, _ = env.reset(seed=[args.seed + i for i in range(num_episodes)])
-    bar = tqdm(total=horizon, desc="evaluation", unit="step", leave=False, disable=not progress)
+    observations, _ = env.reset(seed=seeds)
+    bar = tqdm(total=horizon, desc="evaluation", unit="step", leave=False, disable=RANK > 0)
     for t in range(horizon):
         states[:, t] = (torch.as_tensor(observations, dtype=torch.float32, device=args.device) - data.state_mean) / data.state_std
         rows = torch.as_tensor(np.flatnonzero(running), device=args.device)
@@ -624,7 +612,7 @@ def evaluate(model, env, data, args, progress=True):
         returns_to_go[:, t + 1, 0] = returns_to_go[:, t, 0] - torch.as_tensor(rewards / RETURN_SCALE, device=args.device)
         running &= ~(terminated | truncated)
         bar.update()
-        if not running.any():
+        if SIGNALS or not running.any():
             break
     bar.close()
     return returns, lengths
@@ -637,41 +625,102 @@ def normalized_score(env_id, episode_return):
 
 
 # ======================================================================================================================
-# Training: one step
+# Training
 # ======================================================================================================================
-def training_loss(model, batch):
-    """Mean squared action error over valid steps, and the share of valid predictions beyond ±0.99 (a saturated tanh)."""
+METRICS = ("loss", "saturated_fraction", "grad_norm", "clipped_fraction")  # of one training step
+
+
+def autocast(args):
+    """Matrix products in bf16 where `args.precision` says so; weights, gradients and optimizer stay float32."""
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16")
+
+
+def training_loss(model, batch, num_valid):
+    """Mean squared action error, and the share of predictions beyond ±0.99 (a saturated tanh), both over valid steps.
+
+    `num_valid` is the number of valid steps in the batch; where processes share a batch, their results add up.
+    """
     returns_to_go, states, actions, timesteps, valid = batch
     predicted = model(returns_to_go, states, actions, timesteps).float()
-    weight = valid.unsqueeze(-1) / (valid.sum() * actions.shape[-1])  # sums to 1 over valid steps and dimensions
+    weight = valid.unsqueeze(-1) / (num_valid * actions.shape[-1])
     loss = ((predicted - actions).square() * weight).sum()
     saturated = ((predicted.detach().abs() > 0.99) * weight).sum()
     return loss, saturated
 
 
-# ======================================================================================================================
-# Records: checkpoints, table, figure
-# ======================================================================================================================
-def save(path, write):
-    """Call write(file) on a temporary file and move it to `path`: the file appears whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+class TrainingStep:
+    """Make one training step from the starts of its windows [batch]; returns its METRICS [4] without waiting for the device.
+
+    On a single GPU the loss is compiled and, once warm, the whole step is recorded in a CUDA graph and replayed: a small
+    model at K = 1 would otherwise wait for Python. Dropout stays random in a graph, its seed advances with each replay.
+    """
+
+    def __init__(self, model, optimizer, data, args):
+        self.model, self.optimizer, self.data, self.args = model, optimizer, data, args
+        on_gpu = args.device.startswith("cuda")
+        self.loss = torch.compile(training_loss) if on_gpu else training_loss
+        self.eager_steps = 5 if on_gpu and WORLD_SIZE == 1 else math.inf
+        self.graph = None
+
+    def run(self, starts):
+        args, data = self.args, self.data
+        num_valid = (data.episode_ends[starts] - starts).clamp(max=args.context_length).sum()
+        windows = data.windows(starts.chunk(WORLD_SIZE)[RANK], args.context_length)
+        with autocast(args):
+            loss, saturated = self.loss(self.model, windows, num_valid)
+        self.optimizer.zero_grad()
+        (loss * WORLD_SIZE).backward()  # DistributedDataParallel takes the mean over processes, the loss is a sum
+        max_grad_norm = args.max_grad_norm or math.inf
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm)
+        self.optimizer.step()
+        return torch.stack([loss.detach(), saturated, grad_norm, (grad_norm > max_grad_norm).float()])
+
+    def __call__(self, starts):
+        if self.eager_steps == math.inf:
+            return self.run(starts)
+        if self.eager_steps > 0:  # on a side stream, as a capture wants it
+            self.eager_steps -= 1
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                metrics = self.run(starts)
+            torch.cuda.current_stream().wait_stream(side)
+            return metrics
+        if self.graph is None:
+            self.graph, self.starts = torch.cuda.CUDAGraph(), starts.clone()
+            with torch.cuda.graph(self.graph):
+                self.metrics = self.run(self.starts)
+        self.starts.copy_(starts)
+        self.graph.replay()
+        return self.metrics
 
 
-def save_json(path, content):
-    save(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
+def all_processes(value):
+    """Return every process's `value`, in the order of their ranks."""
+    values = [value] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def add_over_processes(metrics):
+    """Put the sum over processes in place of loss and saturated share [steps, 4]; the gradient is already everyone's."""
+    if WORLD_SIZE > 1:
+        parts = metrics[:, :2].contiguous()
+        torch.distributed.all_reduce(parts)
+        metrics[:, :2] = parts
+    return metrics
+
+
+# ======================================================================================================================
+# Records: table and figure
+# ======================================================================================================================
+def show(value, form):
+    return "-" if value is None else format(value, form)
 
 
 def print_table(records, summary):
     """Print one line per epoch, and best, last and the mean over the last quarter of the epochs."""
-
-    def show(value, form):
-        return "-" if value is None else format(value, form)
-
     print(f"\n{'epoch':>5} {'loss':>8} {'grad norm':>9} {'clipped':>8} {'saturated':>9} {'return':>8} {'± sd':>7} {'length':>7} {'score':>7}")
     for r in records:
         print(
@@ -703,45 +752,119 @@ def plot_learning_curve(records, history, args):
     left.plot(epochs, mean, "o-", color=color, markersize=4, label="mean")
     left.set(xlabel="epoch", ylabel="return", title=f"return of {args.num_eval_episodes} episodes")
     left.xaxis.get_major_locator().set_params(integer=True)
-    left.legend(loc="upper left", frameon=False)
-    if normalized_score(args.env, 0.0) is not None:
-        to_score = lambda x: normalized_score(args.env, x)  # noqa: E731
-        zero, slope = to_score(0.0), to_score(1.0) - to_score(0.0)
-        scores = left.secondary_yaxis("right", functions=(to_score, lambda y: (y - zero) / slope))
+    if normalized_score(args.env, 0) is not None:
+        zero, unit = normalized_score(args.env, 0), normalized_score(args.env, 1) - normalized_score(args.env, 0)
+        scores = left.secondary_yaxis("right", functions=(lambda x: zero + unit * x, lambda y: (y - zero) / unit))
         scores.set_ylabel("normalized score")
-    steps = [h["step"] for h in history]
-    middle.plot(steps, [h["loss"] for h in history], color=color, label="loss")
-    middle.plot(steps, [h["saturated_fraction"] for h in history], color="black", linewidth=1, linestyle=":", label="share of |action| > 0.99")
+    curves = {name: [h[name] for h in history] for name in ("step", *METRICS)}
+    middle.plot(curves["step"], curves["loss"], color=color, label="loss")
+    middle.plot(curves["step"], curves["saturated_fraction"], "k:", linewidth=1, label="share of |action| > 0.99")
     middle.set(xlabel="training step", ylabel="mean squared action error / share", title="training loss", ylim=(0, None))
-    middle.legend(frameon=False)
-    right.plot(steps, [h["grad_norm"] for h in history], color=color, label="before clipping")
+    right.plot(curves["step"], curves["grad_norm"], color=color, label="before clipping")
     if args.max_grad_norm:
         right.axhline(args.max_grad_norm, color="black", linewidth=1, linestyle="--", label=f"threshold {args.max_grad_norm:g}")
     right.set(xlabel="training step", ylabel="gradient norm", title="gradient norm", yscale="log")
-    right.legend(frameon=False)
+    for axes in (left, middle, right):
+        axes.legend(frameon=False)
     sample = ", bundled sample" if args.sample else ""
-    figure.suptitle(f"{args.env}, {args.backbone}, K = {args.context_length}, seed {args.seed}{sample}")
+    figure.suptitle(f"{args.env}, {backbone_name(args)}, K = {args.context_length}, seed {args.seed}{sample}")
     return figure
+
+
+# ======================================================================================================================
+# Interruptions: whole files, known failures, checkpoints to go on from
+# ======================================================================================================================
+SIGNALS = []  # SIGINT or SIGTERM, once one has come; the training step under way is finished first
+MAY_CHANGE = ("num_epochs", "save_epochs", "device", "resume")  # arguments that a resumed run may be given anew
+
+
+def remember_signal(number, frame):
+    SIGNALS.append(number)
+    signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
+
+
+def save(path, write):
+    """Call write(file) on a temporary file and move it to `path`: the file appears whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        temporary.unlink(missing_ok=True)
+        stop(
+            f"{path} could not be written ({first_line(error)}), the last good checkpoint is untouched; is the disk full? "
+            "Make room and go on with --resume."
+        )
+
+
+def save_json(path, content):
+    save(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
+
+
+@contextlib.contextmanager
+def explained(args):
+    """Turn the failures of a run that a user can do something about into one sentence."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        stop(
+            f"{args.device} ran out of memory; lower --batch-size (now {args.batch_size}), --context-length (now "
+            f"{args.context_length}) or --num-eval-episodes (now {args.num_eval_episodes})."
+        )
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        stop(f"the disk is full ({first_line(error)}), the last good checkpoint is untouched; make room and go on with --resume.")
+
+
+def read_latest(folder):
+    """Return the checkpoint that the run in `folder` can go on from."""
+    path = Path(folder) / "checkpoints" / "latest.pt"
+    if not path.is_file():
+        stop(f"{folder} cannot be resumed, it has no checkpoints/latest.pt.")
+    try:
+        latest = torch.load(path, map_location="cpu", weights_only=True)
+        saved_args = json.loads((path.parent.parent / "args.json").read_text())
+        differing = [name for name, value in saved_args.items() if name not in MAY_CHANGE and latest["args"][name] != value]
+        script, _ = latest["script"], latest["optimizer"]
+    except Exception as error:
+        stop(f"{folder} cannot be resumed, its checkpoints/latest.pt or args.json is damaged or not of this kind: {first_line(error)}.")
+    if script != SCRIPT or differing:
+        stop(f"{path} belongs to another run: of {script}.py, and with other {', '.join(differing) or 'sections'} than args.json.")
+    return latest
 
 
 # ======================================================================================================================
 # Experiment
 # ======================================================================================================================
-if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
-    if args.sample:
-        args = tyro.cli(Args, default=SAMPLE)
-    args = resolve(args)
-    run_folder = Path("runs") / args.run_name
-    if run_folder.exists():
-        stop(f"{run_folder} already exists; choose another --run-name.")
+def experiment(args, latest):
+    """Train and evaluate as `args` say, going on from the checkpoint `latest` if it is not None."""
+    run_folder = Path(args.resume or f"runs/{args.run_name}")
+    if not args.resume and run_folder.exists():
+        stop(f"{run_folder} already exists; choose another --run-name, or go on with it by --resume {run_folder}.")
     if args.sample:
         print("This is the bundled sample: small backbones, small data, few steps. It is not the paper's experiment.")
+    on_gpu = args.device.startswith("cuda")
+    if WORLD_SIZE > 1:
+        if on_gpu:
+            torch.cuda.set_device(args.device)
+        torch.distributed.init_process_group()
 
+    # Environment, data, model
     torch.manual_seed(args.seed)
-    env = make_env(args)
+    seeds = np.array_split(np.arange(args.seed, args.seed + args.num_eval_episodes), WORLD_SIZE)[RANK].tolist()
+    env = make_env(args, len(seeds))
+    if RANK > 0:
+        torch.distributed.barrier()  # what has to be downloaded, the first process does
     data = load_data(args, env)
     config, weights, backbone_source = load_backbone(args)
+    if WORLD_SIZE > 1 and RANK == 0:
+        torch.distributed.barrier()
     max_timestep = max(1000, env.spec.max_episode_steps or 0, int(data.timesteps.max()) + 1)
     shape = dict(state_dim=len(data.state_mean), act_dim=data.actions.shape[1], max_timestep=max_timestep)
     model = DecisionTransformer(config, **shape)
@@ -750,111 +873,168 @@ if __name__ == "__main__":
     model.to(args.device)
     num_parameters = sum(p.numel() for p in model.parameters())
     print(f"{args.backbone}: {config.n_layer} blocks, {config.n_embd} wide, {num_parameters / 1e6:.1f} M parameters, from {backbone_source}")
-    print(f"{data.dataset_id}: {len(data.states):,} steps in {data.num_episodes} episodes; {args.env}; {args.device}")
+    print(f"{data.dataset_id}: {len(data.states):,} steps in {data.num_episodes} episodes; {args.env}; {args.device}, {args.precision}")
 
-    (run_folder / "checkpoints").mkdir(parents=True)
-    save_json(run_folder / "args.json", asdict(args))
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(run_folder)
-    rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-    writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{rows}")
-
+    # Optimizer, and all that changes during training
+    learning_rate = torch.tensor(args.learning_rate, device=args.device)  # a tensor, so that a CUDA graph reads it anew
     optimizer = torch.optim.AdamW(
-        model.parameters(), args.learning_rate, weight_decay=args.weight_decay, eps=1e-8 if weights is None else 1e-6, fused=True
-    )
-    windows = torch.Generator(args.device).manual_seed(args.seed)  # draws the starts of the windows
-    metric_names = ("loss", "grad_norm", "clipped_fraction", "saturated_fraction")
-    log_interval = max(1, args.steps_per_epoch // 25)
+        model.parameters(), learning_rate, weight_decay=args.weight_decay, eps=1e-8 if weights is None else 1e-6,
+        fused=True, capturable=on_gpu,
+    )  # fmt: skip
+    window_generator = torch.Generator().manual_seed(args.seed)  # the same windows on every device and in every process
+    torch.manual_seed(args.seed + RANK)  # but dropout of its own in each process
+    metrics = torch.zeros(args.steps_per_epoch, len(METRICS), device=args.device)  # of the epoch under way
     records, history = [], []  # one entry per epoch, one per logging interval
     step, train_seconds, eval_seconds = 0, 0.0, 0.0
+    if latest is not None:
+        if not torch.equal(latest["state_mean"], data.state_mean.cpu()) or len(latest["random_states"]) != WORLD_SIZE:
+            stop(f"{run_folder} had other data or {len(latest['random_states'])} processes; resume it as it was started.")
+        model.load_state_dict(latest["model"])
+        optimizer.load_state_dict(latest["optimizer"])
+        learning_rate = optimizer.param_groups[0]["lr"]
+        metrics.copy_(latest["metrics"])
+        step, records, history = latest["step"], latest["records"], latest["history"]
+        train_seconds, eval_seconds = latest["train_seconds"], latest["eval_seconds"]
+        cpu_state, gpu_state, window_state = latest["random_states"][RANK]
+        torch.set_rng_state(cpu_state)
+        if on_gpu and gpu_state is not None:
+            torch.cuda.set_rng_state(gpu_state, args.device)
+        window_generator.set_state(window_state)
+        print(f"going on after step {step}, with {len(records)} of {args.num_epochs + 1} evaluations done")
 
-    for epoch in range(args.num_epochs + 1):  # epoch 0 only evaluates: the model before fine-tuning
+    # Run folder, written by the first process
+    if RANK == 0:
+        (run_folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        save_json(run_folder / "args.json", asdict(replace(args, resume=None)))
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(run_folder, purge_step=step + 1 if latest else None)
+        rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
+        writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{rows}")
+
+    def save_checkpoint(name, **more):
+        checkpoint = dict(
+            script=SCRIPT, epoch=len(records) - 1, step=step, args=asdict(replace(args, resume=None)), config=asdict(config),
+            shape=shape, model=model.state_dict(), state_mean=data.state_mean, state_std=data.state_std, **more,
+        )  # fmt: skip
+        if RANK == 0:
+            save(run_folder / "checkpoints" / f"{name}.pt", lambda file: torch.save(checkpoint, file))
+
+    def save_latest():
+        random_states = [torch.get_rng_state(), torch.cuda.get_rng_state(args.device) if on_gpu else None, window_generator.get_state()]
+        save_checkpoint(
+            "latest", optimizer=optimizer.state_dict(), metrics=metrics, records=records, history=history,
+            random_states=all_processes(random_states), train_seconds=train_seconds, eval_seconds=eval_seconds,
+        )  # fmt: skip
+
+    def end_if_interrupted():
+        numbers = sum(all_processes(SIGNALS), [])
+        if numbers:
+            save_latest()
+            if RANK == 0:
+                tqdm.write(f"interrupted after step {step}; go on with: python {SCRIPT}.py --resume {run_folder}", file=sys.stderr)
+            raise SystemExit(128 + numbers[0])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, remember_signal)
+    trained = nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
+    training_step = TrainingStep(trained, optimizer, data, args)
+    log_interval = max(1, args.steps_per_epoch // 25)
+
+    for epoch in range(len(records), args.num_epochs + 1):  # epoch 0 only evaluates: the model before fine-tuning
         model.train()
-        epoch_start = interval_start = time.perf_counter()
-        epoch_sums = np.zeros(len(metric_names))
-        sums = torch.zeros(len(metric_names), device=args.device)  # summed on the device, read once per logging interval
-        num_steps = args.steps_per_epoch if epoch else 0
-        progress = tqdm(range(num_steps), desc=f"epoch {epoch}/{args.num_epochs}", unit="step", disable=not num_steps)
-        for step_of_epoch in progress:
-            starts = torch.randint(len(data.states), (args.batch_size,), generator=windows, device=args.device)
-            loss, saturated = training_loss(model, data.windows(starts, args.context_length))
-            optimizer.zero_grad()
-            loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
-            learning_rate = args.learning_rate * min((step + 1) / max(args.warmup_steps, 1), 1)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
-            optimizer.step()
-            clipped = grad_norm > (args.max_grad_norm or math.inf)
-            sums += torch.stack([loss.detach(), grad_norm, clipped.float(), saturated])
-            step += 1
+        last_step = epoch * args.steps_per_epoch
+        started = logged_at = time.perf_counter()
+        steps = tqdm(
+            range(step + 1, last_step + 1), desc=f"epoch {epoch}/{args.num_epochs}", unit="step", total=args.steps_per_epoch,
+            initial=args.steps_per_epoch - last_step + step, disable=RANK > 0 or epoch == 0,
+        )  # fmt: skip
+        for step in steps:
+            starts = torch.randint(len(data.states), (args.batch_size,), generator=window_generator).to(args.device)
+            learning_rate.fill_(args.learning_rate * min(step / max(args.warmup_steps, 1), 1))
+            row = (step - 1) % args.steps_per_epoch
+            metrics[row] = training_step(starts)
 
-            if (step_of_epoch + 1) % log_interval == 0 or step_of_epoch + 1 == num_steps:
-                totals = sums.cpu().numpy().astype(float)
-                steps_since = step_of_epoch % log_interval + 1
-                steps_per_second = steps_since / (time.perf_counter() - interval_start)
-                means = {name: total / steps_since for name, total in zip(metric_names, totals)}
+            logging = (row + 1) % log_interval == 0 or step == last_step
+            if logging:  # the one place in the loop that waits for the device
+                block = add_over_processes(metrics[row // log_interval * log_interval : row + 1])
+                values = block.double().cpu().numpy()
+                finite = np.isfinite(values).all(axis=1)
+                if not finite.all():
+                    stop(
+                        f"loss or gradient is not finite in step {step - len(values) + 1 + int(finite.argmin())}; the checkpoints in "
+                        f"{run_folder} are from before. Try a lower --learning-rate, --max-grad-norm 0.25 or --precision fp32."
+                    )
+                means = dict(zip(METRICS, values.mean(axis=0).tolist()))
                 history.append({"step": step, **means})
-                for name, value in {**means, "learning_rate": learning_rate, "steps_per_second": steps_per_second}.items():
-                    writer.add_scalar(f"train/{name}", value, step)
-                progress.set_postfix(loss=f"{means['loss']:.4f}", grad_norm=f"{means['grad_norm']:.3f}")
-                epoch_sums += totals
-                sums.zero_()
-                interval_start = time.perf_counter()
-        train_seconds += time.perf_counter() - epoch_start
+                steps.set_postfix(loss=f"{means['loss']:.4f}", grad_norm=f"{means['grad_norm']:.3f}", refresh=False)
+                if RANK == 0:
+                    speed = len(values) / (time.perf_counter() - logged_at)
+                    for name, value in {**means, "learning_rate": learning_rate.item(), "steps_per_second": speed}.items():
+                        writer.add_scalar(f"train/{name}", value, step)
+                logged_at = time.perf_counter()
+            if SIGNALS and WORLD_SIZE == 1 or logging and any(all_processes(bool(SIGNALS))):
+                break
+        train_seconds += time.perf_counter() - started
+        end_if_interrupted()
 
-        eval_start = time.perf_counter()
-        returns, lengths = evaluate(model, env, data, args)
-        eval_seconds += time.perf_counter() - eval_start
+        started = time.perf_counter()
+        with autocast(args):
+            results = all_processes(evaluate(model, env, data, args, seeds))
+        end_if_interrupted()
+        eval_seconds += time.perf_counter() - started
+        returns, lengths = (np.concatenate(part) for part in zip(*results))
         record = {"epoch": epoch, "step": step}
-        record |= {name: total / num_steps if num_steps else None for name, total in zip(metric_names, epoch_sums)}
-        record |= {"return_mean": float(returns.mean()), "return_std": float(returns.std())}
-        record |= {"length_mean": float(lengths.mean()), "normalized_score": normalized_score(args.env, float(returns.mean()))}
+        record |= {name: value if epoch else None for name, value in zip(METRICS, metrics.double().mean(0).tolist())}
+        record |= {"return_mean": float(returns.mean()), "return_std": float(returns.std()), "length_mean": float(lengths.mean())}
+        record |= {"normalized_score": normalized_score(args.env, float(returns.mean()))}
         records.append(record)
-        for name in ("return_mean", "return_std", "length_mean", "normalized_score"):
-            if record[name] is not None:
-                writer.add_scalar(f"eval/{name}", record[name], step)
-        score = "" if record["normalized_score"] is None else f", normalized score {record['normalized_score']:.1f}"
-        tqdm.write(f"epoch {epoch}: return {returns.mean():.1f} ± {returns.std():.1f}, length {lengths.mean():.0f}{score}")
-
+        if RANK == 0:
+            for name in ("return_mean", "return_std", "length_mean", "normalized_score"):
+                if record[name] is not None:
+                    writer.add_scalar(f"eval/{name}", record[name], step)
+            tqdm.write(f"epoch {epoch}: return {returns.mean():.1f} ± {returns.std():.1f}, score {show(record['normalized_score'], '.1f')}")
         if epoch in args.save_epochs or epoch == args.num_epochs:
-            checkpoint = dict(
-                script=SCRIPT, epoch=epoch, step=step, args=asdict(args), config=asdict(config), shape=shape,
-                model=model.state_dict(), state_mean=data.state_mean, state_std=data.state_std,
-            )  # fmt: skip
-            save(run_folder / "checkpoints" / f"epoch_{epoch}.pt", lambda file: torch.save(checkpoint, file))
+            save_checkpoint(f"epoch_{epoch}")
+        save_latest()
 
-    trained = records[1:]
-    best = max(trained, key=lambda r: r["return_mean"])
-    last_quarter = [r["normalized_score"] for r in trained[-max(1, len(trained) // 4) :]]
-    summary = dict(
-        script=SCRIPT,
-        backbone=args.backbone,
-        backbone_source=backbone_source,
-        env=args.env,
-        dataset=data.dataset_id,
-        dataset_steps=len(data.states),
-        dataset_episodes=data.num_episodes,
-        context_length=args.context_length,
-        seed=args.seed,
-        sample=args.sample,
-        device=args.device,
-        parameters=num_parameters,
-        steps=step,
-        epochs=records,
-        best_epoch=best["epoch"],
-        best_normalized_score=best["normalized_score"],
-        final_normalized_score=trained[-1]["normalized_score"],
-        mean_last_quarter_normalized_score=None if None in last_quarter else float(np.mean(last_quarter)),
-        steps_per_second=step / train_seconds,
-        train_seconds=train_seconds,
-        eval_seconds=eval_seconds,
-    )
-    save_json(run_folder / "summary.json", summary)
-    figure = plot_learning_curve(records, history, args)
-    save(run_folder / "learning_curve.png", lambda file: figure.savefig(file, format="png", dpi=120))
-    writer.add_figure("learning_curve", figure, step)
-    writer.close()
-    print_table(records, summary)
-    print(f"\n{run_folder}: summary.json, learning_curve.png, checkpoints/; or: tensorboard --logdir runs")
+    # Summary, figure, table
+    if RANK == 0:
+        best = max(records[1:], key=lambda record: record["return_mean"])
+        last_quarter = [record["normalized_score"] for record in records[-max(1, args.num_epochs // 4) :]]
+        same = ("backbone", "env", "context_length", "seed", "sample", "device", "precision")
+        summary = dict(script=SCRIPT, **{name: getattr(args, name) for name in same}, backbone_source=backbone_source)
+        summary |= dict(dataset=data.dataset_id, dataset_steps=len(data.states), dataset_episodes=data.num_episodes)
+        summary |= dict(processes=WORLD_SIZE, parameters=num_parameters, steps=step, epochs=records, best_epoch=best["epoch"])
+        summary |= dict(
+            best_normalized_score=best["normalized_score"],
+            final_normalized_score=records[-1]["normalized_score"],
+            mean_last_quarter_normalized_score=None if None in last_quarter else float(np.mean(last_quarter)),
+        )
+        summary |= dict(steps_per_second=step / train_seconds, train_seconds=train_seconds, eval_seconds=eval_seconds)
+        save_json(run_folder / "summary.json", summary)
+        figure = plot_learning_curve(records, history, args)
+        save(run_folder / "learning_curve.png", lambda file: figure.savefig(file, format="png", dpi=120))
+        writer.add_figure("learning_curve", figure, step)
+        writer.close()
+        print_table(records, summary)
+        print(f"\n{run_folder}: summary.json, learning_curve.png, checkpoints/; or: tensorboard --logdir runs")
+    if WORLD_SIZE > 1:
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    args, latest = tyro.cli(Args, description=__doc__), None
+    if args.resume:
+        latest = read_latest(args.resume)
+        saved = Args(**latest["args"])
+        args = tyro.cli(Args, default=saved)  # whatever is not given again is as it was
+        changed = [name for name, value in asdict(saved).items() if getattr(args, name) != value and name not in MAY_CHANGE]
+        if changed:
+            stop(f"--{', --'.join(changed).replace('_', '-')} cannot change when a run is resumed; leave out or start a new run.")
+    elif args.sample:
+        args = tyro.cli(Args, default=SAMPLE)
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # one process speaks
+    with explained(args):
+        experiment(resolve(args), latest)

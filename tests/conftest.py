@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,11 +26,15 @@ def run_script(tmp_path, monkeypatch, capfd):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         capfd.readouterr()
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
             status = 0
         except SystemExit as end:
             status = end.code or 0
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         output = capfd.readouterr()
         return SimpleNamespace(status=status, out=output.out, err=output.err)
 

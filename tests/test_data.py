@@ -12,8 +12,8 @@ ENVS = {"hopper": "Hopper-v5", "halfcheetah": "HalfCheetah-v5", "walker2d": "Wal
 
 
 def load(dataset, env_id="Hopper-v5"):
-    args = dt.resolve(dt.Args(env=env_id, dataset=str(dataset), device="cpu", num_eval_episodes=1, target_return=1.0))
-    return dt.load_data(args, dt.make_env(args))
+    args = dt.resolve(dt.Args(env=env_id, dataset=str(dataset), device="cpu", target_return=1.0))
+    return dt.load_data(args, dt.make_env(args, 1))
 
 
 def write_d4rl(path, episodes, unfinished=0, **changes):

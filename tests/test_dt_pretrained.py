@@ -27,7 +27,7 @@ def test_loss_counts_valid_steps_only(generator):
     actions = torch.rand(4, 6, 3, generator=generator)
     valid = torch.arange(6) < torch.tensor([6, 1, 3, 6])[:, None]
     predicted.data[0, 0, 0], predicted.data[1, 5, 0] = -0.995, 0.999  # saturated: one valid, one not
-    loss, saturated = dt.training_loss(lambda *window: predicted, (None, None, actions, None, valid))
+    loss, saturated = dt.training_loss(lambda *window: predicted, (None, None, actions, None, valid), valid.sum())
     errors = [(predicted[b, t, d] - actions[b, t, d]) ** 2 for b in range(4) for t in range(6) for d in range(3) if valid[b, t]]
     over = [abs(predicted[b, t, d].item()) > 0.99 for b in range(4) for t in range(6) for d in range(3) if valid[b, t]]
     torch.testing.assert_close(loss, sum(errors) / len(errors))
@@ -53,7 +53,7 @@ def test_run_leaves_everything_that_was_promised(run_script, tmp_path):
         assert 0 < record["loss"] < 4 and 0 <= record["clipped_fraction"] <= 1 and 0 <= record["saturated_fraction"] <= 1
     scores = [r["normalized_score"] for r in summary["epochs"]]
     assert summary["best_normalized_score"] == max(scores[1:]) and summary["final_normalized_score"] == scores[-1]
-    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["epoch_0.pt", "epoch_1.pt", "epoch_2.pt"]
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["epoch_0.pt", "epoch_1.pt", "epoch_2.pt", "latest.pt"]
     assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert "best" in result.out and "| mean over the last quarter" not in result.err
 
