@@ -102,11 +102,14 @@ class Args:
 
 # What --sample changes where the user did not say otherwise.
 SAMPLE = Args(
-    sample=True, batch_size=32, learning_rate=1e-3, warmup_steps=50, num_epochs=4, steps_per_epoch=200, num_eval_episodes=10,
+    sample=True, batch_size=32, learning_rate=2e-3, warmup_steps=400, num_epochs=4, steps_per_epoch=200, num_eval_episodes=10,
     save_epochs=(0, 1),
 )  # fmt: skip
 
 
+# ======================================================================================================================
+# Defaults: what depends on the environment, the device and the other arguments
+# ======================================================================================================================
 @dataclass(frozen=True)
 class Task:
     """What the study fixes per environment; D4RL's reference returns give the normalized score."""
@@ -170,7 +173,7 @@ def resolve(args):
             setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
         if min(args.n_layer, args.n_head, args.n_embd) < 1 or args.n_embd % args.n_head:
             stop(f"--n-embd {args.n_embd} must be a positive multiple of --n-head {args.n_head}, and --n-layer positive.")
-    elif any(getattr(args, name) is not None for name in architecture):
+    elif any(getattr(args, name) is not None for name in architecture) and not getattr(args, "replace_blocks", None):
         stop("--n-layer, --n-head, --n-embd and --activation are for the random backbones; a checkpoint brings its own.")
     elif Path(args.backbone).is_dir():
         args.backbone = str(Path(args.backbone).resolve())
@@ -324,12 +327,15 @@ class DecisionTransformer(nn.Module):
         self.embed_ln = nn.LayerNorm(config.n_embd)
         self.transformer = GPT(config)
 
+    def embed(self, returns_to_go, states, actions, timesteps):
+        """Return the tokens R_1 s_1 a_1 R_2 s_2 a_2 ... of the backbone, [batch, 3K, width]."""
+        tokens = (self.embed_return(returns_to_go), self.embed_state(states), self.embed_action(actions))
+        tokens = self.embed_ln(torch.stack(tokens, dim=2))  # [batch, K, 3, width]
+        return (tokens + self.embed_timestep(timesteps).unsqueeze(2)).flatten(1, 2)
+
     def forward(self, returns_to_go, states, actions, timesteps):
         """[batch, K, 1], [batch, K, state_dim], [batch, K, act_dim], [batch, K] to actions in (-1, 1): [batch, K, act_dim]."""
-        tokens = (self.embed_return(returns_to_go), self.embed_state(states), self.embed_action(actions))
-        tokens = self.embed_ln(torch.stack(tokens, dim=2))  # [batch, K, 3, width]: R_1 s_1 a_1 R_2 s_2 a_2 ...
-        tokens = tokens + self.embed_timestep(timesteps).unsqueeze(2)
-        hidden = self.transformer(tokens.flatten(1, 2)).unflatten(1, (-1, 3))
+        hidden = self.transformer(self.embed(returns_to_go, states, actions, timesteps)).unflatten(1, (-1, 3))
         return torch.tanh(F.linear(hidden[:, :, 1], self.embed_action.weight.T))
 
 
@@ -413,6 +419,18 @@ def read_checkpoint(source):
 
 
 # ======================================================================================================================
+# Starting point: the model before training
+# ======================================================================================================================
+def make_model(args, shape):
+    """Return the model that training starts from, its architecture [dict], where its weights came from, and AdamW's eps."""
+    config, weights, source = load_backbone(args)
+    model = DecisionTransformer(config, **shape)
+    if weights is not None:
+        model.transformer.load_state_dict(weights)  # strict: every name and shape must be there
+    return model, dict(config=asdict(config), **shape), source, 1e-8 if weights is None else 1e-6
+
+
+# ======================================================================================================================
 # Data: the whole data set as flat tensors on the device
 # ======================================================================================================================
 @dataclass
@@ -439,8 +457,8 @@ class OfflineData:
         valid = index < self.episode_ends[starts].unsqueeze(1)
         index = torch.where(valid, index, 0)
         mask = valid.unsqueeze(-1)
-        fields = [x[index] * mask for x in (self.returns_to_go, self.states, self.actions)]
-        return *fields, self.timesteps[index] * valid, valid
+        parts = [x[index] * mask for x in (self.returns_to_go, self.states, self.actions)]
+        return *parts, self.timesteps[index] * valid, valid
 
 
 def load_data(args, env):
@@ -450,12 +468,12 @@ def load_data(args, env):
         episodes, dataset_id, recorded_in = read_d4rl(path), path.name, None
     else:
         episodes, dataset_id, recorded_in = read_minari(args.dataset)
-    lengths = np.array([len(rewards) for _, _, rewards in episodes])
-    if not episodes or lengths.min() == 0:
+    lengths = np.array([[len(column) for column in episode] for episode in episodes]).reshape(-1, 3)
+    if (lengths != lengths[:, :1]).any():
+        stop(f"the data set {args.dataset} has an episode whose observations, actions and rewards differ in number.")
+    if lengths.size == 0 or lengths.min() == 0:
         stop(f"the data set {args.dataset} has {'episodes without a step' if episodes else 'no episode'}.")
-    for observations, actions, rewards in episodes:
-        if not len(observations) == len(actions) == len(rewards):
-            stop(f"the data set {args.dataset} has an episode with more actions than observations or rewards.")
+    lengths = lengths[:, 0]
     states, actions, rewards = (np.concatenate(part, dtype=np.float32) for part in zip(*episodes))
     for name, values in (("observations", states), ("actions", actions), ("rewards", rewards)):
         if not np.isfinite(values).all():
@@ -527,9 +545,9 @@ def read_minari(dataset):
             minari.download_dataset(dataset)
         except Exception as error:
             stop(
-                f"the data set {dataset} is neither a folder nor in the local Minari folder ({get_dataset_path()}), and Minari's hub "
-                f"does not have it or cannot be reached ({first_line(error)}); go online, give a folder or a D4RL .hdf5 file as "
-                "--dataset, or try --sample."
+                f"the data set {dataset} is neither a folder nor in the local Minari folder ({get_dataset_path()}), and "
+                f"Minari's hub does not have it or cannot be reached ({first_line(error)}); go online, give a folder or a D4RL "
+                ".hdf5 file as --dataset, or try --sample."
             )
     data_folder = folder / "data" if (folder / "data").is_dir() else folder
     try:
@@ -597,7 +615,8 @@ def evaluate(model, env, data, args, seeds):
     observations, _ = env.reset(seed=seeds)
     bar = tqdm(total=horizon, desc="evaluation", unit="step", leave=False, disable=RANK > 0)
     for t in range(horizon):
-        states[:, t] = (torch.as_tensor(observations, dtype=torch.float32, device=args.device) - data.state_mean) / data.state_std
+        observations = torch.as_tensor(observations, dtype=torch.float32, device=args.device)
+        states[:, t] = (observations - data.state_mean) / data.state_std
         rows = torch.as_tensor(np.flatnonzero(running), device=args.device)
         first = max(0, t - K + 1)
         window = slice(first, first + K)  # in the first K steps the future is zeros, which causal attention cannot see
@@ -695,6 +714,19 @@ class TrainingStep:
         return self.metrics
 
 
+@contextlib.contextmanager
+def processes():
+    """Join the processes that torchrun has started, if it has; one of them speaks."""
+    if WORLD_SIZE > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group()
+        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
+    yield
+    if WORLD_SIZE > 1:
+        torch.distributed.destroy_process_group()
+
+
 def all_processes(value):
     """Return every process's `value`, in the order of their ranks."""
     values = [value] * WORLD_SIZE
@@ -710,65 +742,6 @@ def add_over_processes(metrics):
         torch.distributed.all_reduce(parts)
         metrics[:, :2] = parts
     return metrics
-
-
-# ======================================================================================================================
-# Records: table and figure
-# ======================================================================================================================
-def show(value, form):
-    return "-" if value is None else format(value, form)
-
-
-def print_table(records, summary):
-    """Print one line per epoch, and best, last and the mean over the last quarter of the epochs."""
-    print(f"\n{'epoch':>5} {'loss':>8} {'grad norm':>9} {'clipped':>8} {'saturated':>9} {'return':>8} {'± sd':>7} {'length':>7} {'score':>7}")
-    for r in records:
-        print(
-            f"{r['epoch']:>5} {show(r['loss'], '.4f'):>8} {show(r['grad_norm'], '.3f'):>9} "
-            f"{show(r['clipped_fraction'], '.0%'):>8} {show(r['saturated_fraction'], '.0%'):>9} {r['return_mean']:>8.1f} "
-            f"{r['return_std']:>7.1f} {r['length_mean']:>7.1f} {show(r['normalized_score'], '.1f'):>7}"
-        )
-    best, last, mean = (summary[f"{name}_normalized_score"] for name in ("best", "final", "mean_last_quarter"))
-    print(
-        f"normalized score: best {show(best, '.1f')} (epoch {summary['best_epoch']}, which is what the paper reports), "
-        f"last {show(last, '.1f')}, mean over the last quarter of the epochs {show(mean, '.1f')}"
-    )
-
-
-COLORS = {"gpt2": "#0072B2", "igpt": "#D55E00", "igpt-as-gpt2": "#E69F00", "random": "#555555", "random-gpt2": "#009E73"}
-OTHER_COLOR = "#CC79A7"  # Okabe and Ito's palette: also for the colour-blind
-
-
-def plot_learning_curve(records, history, args):
-    """Draw return, training loss with saturation, and gradient norm with the clipping threshold; returns the figure."""
-    from matplotlib.figure import Figure
-
-    color = COLORS.get(args.backbone, OTHER_COLOR)
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    epochs = np.array([r["epoch"] for r in records])
-    mean, std = (np.array([r[name] for r in records]) for name in ("return_mean", "return_std"))
-    left.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.2, linewidth=0, label="± 1 sd over episodes")
-    left.plot(epochs, mean, "o-", color=color, markersize=4, label="mean")
-    left.set(xlabel="epoch", ylabel="return", title=f"return of {args.num_eval_episodes} episodes")
-    left.xaxis.get_major_locator().set_params(integer=True)
-    if normalized_score(args.env, 0) is not None:
-        zero, unit = normalized_score(args.env, 0), normalized_score(args.env, 1) - normalized_score(args.env, 0)
-        scores = left.secondary_yaxis("right", functions=(lambda x: zero + unit * x, lambda y: (y - zero) / unit))
-        scores.set_ylabel("normalized score")
-    curves = {name: [h[name] for h in history] for name in ("step", *METRICS)}
-    middle.plot(curves["step"], curves["loss"], color=color, label="loss")
-    middle.plot(curves["step"], curves["saturated_fraction"], "k:", linewidth=1, label="share of |action| > 0.99")
-    middle.set(xlabel="training step", ylabel="mean squared action error / share", title="training loss", ylim=(0, None))
-    right.plot(curves["step"], curves["grad_norm"], color=color, label="before clipping")
-    if args.max_grad_norm:
-        right.axhline(args.max_grad_norm, color="black", linewidth=1, linestyle="--", label=f"threshold {args.max_grad_norm:g}")
-    right.set(xlabel="training step", ylabel="gradient norm", title="gradient norm", yscale="log")
-    for axes in (left, middle, right):
-        axes.legend(frameon=False)
-    sample = ", bundled sample" if args.sample else ""
-    figure.suptitle(f"{args.env}, {backbone_name(args)}, K = {args.context_length}, seed {args.seed}{sample}")
-    return figure
 
 
 # ======================================================================================================================
@@ -809,17 +782,21 @@ def explained(args):
     """Turn the failures of a run that a user can do something about into one sentence."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
-        stop(
-            f"{args.device} ran out of memory; lower --batch-size (now {args.batch_size}), --context-length (now "
-            f"{args.context_length}) or --num-eval-episodes (now {args.num_eval_episodes})."
-        )
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        stop(f"the disk is full ({first_line(error)}), the last good checkpoint is untouched; make room and go on with --resume.")
+    except (RuntimeError, MemoryError, OSError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if isinstance(error, MemoryError) or "memory" in str(error):
+            stop(
+                f"{args.device} ran out of memory; lower --batch-size (now {args.batch_size}), --context-length (now "
+                f"{args.context_length}) or --num-eval-episodes (now {args.num_eval_episodes})."
+            )
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            stop(f"the disk is full ({first_line(error)}); make room and go on with --resume, the last checkpoint is good.")
+        raise
+
+
+def changed(args, others):
+    """Names of the arguments [dict] that differ although a resumed run has to keep them."""
+    args, others = json.loads(json.dumps([args, others]))
+    return [name for name in args if name not in MAY_CHANGE and args[name] != others.get(name)]
 
 
 def read_latest(folder):
@@ -829,31 +806,46 @@ def read_latest(folder):
         stop(f"{folder} cannot be resumed, it has no checkpoints/latest.pt.")
     try:
         latest = torch.load(path, map_location="cpu", weights_only=True)
-        saved_args = json.loads((path.parent.parent / "args.json").read_text())
-        differing = [name for name, value in saved_args.items() if name not in MAY_CHANGE and latest["args"][name] != value]
+        differing = changed(latest["args"], json.loads((path.parent.parent / "args.json").read_text()))
         script, _ = latest["script"], latest["optimizer"]
     except Exception as error:
-        stop(f"{folder} cannot be resumed, its checkpoints/latest.pt or args.json is damaged or not of this kind: {first_line(error)}.")
+        stop(f"{folder} cannot be resumed, checkpoints/latest.pt or args.json is damaged or no such file: {first_line(error)}.")
     if script != SCRIPT or differing:
-        stop(f"{path} belongs to another run: of {script}.py, and with other {', '.join(differing) or 'sections'} than args.json.")
+        stop(f"{path} is of another run: from {script}.py, and not with args.json's {', '.join(differing) or 'script'}.")
     return latest
 
 
 # ======================================================================================================================
-# Experiment
+# Run: from the arguments to a folder of results
 # ======================================================================================================================
-def experiment(args, latest):
-    """Train and evaluate as `args` say, going on from the checkpoint `latest` if it is not None."""
-    run_folder = Path(args.resume or f"runs/{args.run_name}")
+def show(value, form):
+    return "-" if value is None else format(value, form)
+
+
+def print_table(records, summary):
+    """Print one line per epoch, and best, last and the mean over the last quarter of the epochs."""
+    columns = {"epoch": "d", "loss": ".4f", "grad_norm": ".3f", "clipped_fraction": ".0%", "saturated_fraction": ".0%"}
+    columns |= {"return_mean": ".1f", "return_std": ".1f", "length_mean": ".1f", "normalized_score": ".1f"}
+    print("\n" + "  ".join(columns))
+    for record in records:
+        print("  ".join(show(record[name], form).rjust(len(name)) for name, form in columns.items()))
+    best, last, mean = (show(summary[f"{name}_normalized_score"], ".1f") for name in ("best", "final", "mean_last_quarter"))
+    print(
+        f"normalized score: best {best} (epoch {summary['best_epoch']}; the paper reports the best epoch), last {last}, "
+        f"mean over the last quarter of the epochs {mean}"
+    )
+
+
+def train(args, run_folder, latest=None):
+    """Train and evaluate as `args` say, going on from the checkpoint `latest` if it is not None.
+
+    Leaves checkpoints, TensorBoard events, args.json and summary.json in `run_folder`; returns the summary and the history
+    of METRICS, one entry per logging interval.
+    """
     if not args.resume and run_folder.exists():
         stop(f"{run_folder} already exists; choose another --run-name, or go on with it by --resume {run_folder}.")
     if args.sample:
         print("This is the bundled sample: small backbones, small data, few steps. It is not the paper's experiment.")
-    on_gpu = args.device.startswith("cuda")
-    if WORLD_SIZE > 1:
-        if on_gpu:
-            torch.cuda.set_device(args.device)
-        torch.distributed.init_process_group()
 
     # Environment, data, model
     torch.manual_seed(args.seed)
@@ -862,25 +854,23 @@ def experiment(args, latest):
     if RANK > 0:
         torch.distributed.barrier()  # what has to be downloaded, the first process does
     data = load_data(args, env)
-    config, weights, backbone_source = load_backbone(args)
-    if WORLD_SIZE > 1 and RANK == 0:
-        torch.distributed.barrier()
     max_timestep = max(1000, env.spec.max_episode_steps or 0, int(data.timesteps.max()) + 1)
     shape = dict(state_dim=len(data.state_mean), act_dim=data.actions.shape[1], max_timestep=max_timestep)
-    model = DecisionTransformer(config, **shape)
-    if weights is not None:
-        model.transformer.load_state_dict(weights)  # strict: every name and shape must be there
+    model, architecture, backbone_source, eps = make_model(args, shape)
+    if WORLD_SIZE > 1 and RANK == 0:
+        torch.distributed.barrier()
     model.to(args.device)
     num_parameters = sum(p.numel() for p in model.parameters())
-    print(f"{args.backbone}: {config.n_layer} blocks, {config.n_embd} wide, {num_parameters / 1e6:.1f} M parameters, from {backbone_source}")
-    print(f"{data.dataset_id}: {len(data.states):,} steps in {data.num_episodes} episodes; {args.env}; {args.device}, {args.precision}")
+    print(f"{backbone_name(args)}: {num_parameters / 1e6:.1f} M parameters, from {backbone_source}")
+    print(f"{args.env}: {len(data.states):,} steps in {data.num_episodes} episodes of {data.dataset_id}")
+    print(f"{run_folder}: on {args.device} in {args.precision}, {WORLD_SIZE} process{'es' * (WORLD_SIZE > 1)}")
 
     # Optimizer, and all that changes during training
+    on_gpu = args.device.startswith("cuda")
     learning_rate = torch.tensor(args.learning_rate, device=args.device)  # a tensor, so that a CUDA graph reads it anew
     optimizer = torch.optim.AdamW(
-        model.parameters(), learning_rate, weight_decay=args.weight_decay, eps=1e-8 if weights is None else 1e-6,
-        fused=True, capturable=on_gpu,
-    )  # fmt: skip
+        model.parameters(), learning_rate, weight_decay=args.weight_decay, eps=eps, fused=True, capturable=on_gpu
+    )
     window_generator = torch.Generator().manual_seed(args.seed)  # the same windows on every device and in every process
     torch.manual_seed(args.seed + RANK)  # but dropout of its own in each process
     metrics = torch.zeros(args.steps_per_epoch, len(METRICS), device=args.device)  # of the epoch under way
@@ -891,7 +881,7 @@ def experiment(args, latest):
             stop(f"{run_folder} had other data or {len(latest['random_states'])} processes; resume it as it was started.")
         model.load_state_dict(latest["model"])
         optimizer.load_state_dict(latest["optimizer"])
-        learning_rate = optimizer.param_groups[0]["lr"]
+        optimizer.param_groups[0]["lr"] = learning_rate  # still the tensor that the loop fills
         metrics.copy_(latest["metrics"])
         step, records, history = latest["step"], latest["records"], latest["history"]
         train_seconds, eval_seconds = latest["train_seconds"], latest["eval_seconds"]
@@ -902,7 +892,6 @@ def experiment(args, latest):
         window_generator.set_state(window_state)
         print(f"going on after step {step}, with {len(records)} of {args.num_epochs + 1} evaluations done")
 
-    # Run folder, written by the first process
     if RANK == 0:
         (run_folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         save_json(run_folder / "args.json", asdict(replace(args, resume=None)))
@@ -914,17 +903,18 @@ def experiment(args, latest):
 
     def save_checkpoint(name, **more):
         checkpoint = dict(
-            script=SCRIPT, epoch=len(records) - 1, step=step, args=asdict(replace(args, resume=None)), config=asdict(config),
-            shape=shape, model=model.state_dict(), state_mean=data.state_mean, state_std=data.state_std, **more,
+            script=SCRIPT, epoch=len(records) - 1, step=step, args=asdict(replace(args, resume=None)),
+            architecture=architecture, model=model.state_dict(), state_mean=data.state_mean, state_std=data.state_std, **more,
         )  # fmt: skip
         if RANK == 0:
             save(run_folder / "checkpoints" / f"{name}.pt", lambda file: torch.save(checkpoint, file))
 
     def save_latest():
-        random_states = [torch.get_rng_state(), torch.cuda.get_rng_state(args.device) if on_gpu else None, window_generator.get_state()]
+        gpu_state = torch.cuda.get_rng_state(args.device) if on_gpu else None
+        states = [torch.get_rng_state(), gpu_state, window_generator.get_state()]
         save_checkpoint(
             "latest", optimizer=optimizer.state_dict(), metrics=metrics, records=records, history=history,
-            random_states=all_processes(random_states), train_seconds=train_seconds, eval_seconds=eval_seconds,
+            random_states=all_processes(states), train_seconds=train_seconds, eval_seconds=eval_seconds,
         )  # fmt: skip
 
     def end_if_interrupted():
@@ -932,7 +922,8 @@ def experiment(args, latest):
         if numbers:
             save_latest()
             if RANK == 0:
-                tqdm.write(f"interrupted after step {step}; go on with: python {SCRIPT}.py --resume {run_folder}", file=sys.stderr)
+                how = f"python {SCRIPT}.py --resume {run_folder}"
+                tqdm.write(f"interrupted after step {step}; go on with: {how}", file=sys.stderr)
             raise SystemExit(128 + numbers[0])
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -961,9 +952,10 @@ def experiment(args, latest):
                 values = block.double().cpu().numpy()
                 finite = np.isfinite(values).all(axis=1)
                 if not finite.all():
+                    bad_step = step - len(values) + 1 + int(finite.argmin())
                     stop(
-                        f"loss or gradient is not finite in step {step - len(values) + 1 + int(finite.argmin())}; the checkpoints in "
-                        f"{run_folder} are from before. Try a lower --learning-rate, --max-grad-norm 0.25 or --precision fp32."
+                        f"loss or gradient is not finite in step {bad_step}; the checkpoints in {run_folder} are from before. "
+                        "Try a lower --learning-rate, --max-grad-norm 0.25 or --precision fp32."
                     )
                 means = dict(zip(METRICS, values.mean(axis=0).tolist()))
                 history.append({"step": step, **means})
@@ -986,55 +978,108 @@ def experiment(args, latest):
         returns, lengths = (np.concatenate(part) for part in zip(*results))
         record = {"epoch": epoch, "step": step}
         record |= {name: value if epoch else None for name, value in zip(METRICS, metrics.double().mean(0).tolist())}
-        record |= {"return_mean": float(returns.mean()), "return_std": float(returns.std()), "length_mean": float(lengths.mean())}
-        record |= {"normalized_score": normalized_score(args.env, float(returns.mean()))}
+        record |= dict(return_mean=float(returns.mean()), return_std=float(returns.std()), length_mean=float(lengths.mean()))
+        record |= dict(normalized_score=normalized_score(args.env, float(returns.mean())))
         records.append(record)
         if RANK == 0:
             for name in ("return_mean", "return_std", "length_mean", "normalized_score"):
                 if record[name] is not None:
                     writer.add_scalar(f"eval/{name}", record[name], step)
-            tqdm.write(f"epoch {epoch}: return {returns.mean():.1f} ± {returns.std():.1f}, score {show(record['normalized_score'], '.1f')}")
+            score = show(record["normalized_score"], ".1f")
+            tqdm.write(f"epoch {epoch}: return {returns.mean():.1f} ± {returns.std():.1f}, normalized score {score}")
         if epoch in args.save_epochs or epoch == args.num_epochs:
             save_checkpoint(f"epoch_{epoch}")
         save_latest()
 
-    # Summary, figure, table
+    best = max(records[1:], key=lambda record: record["return_mean"])
+    last_quarter = [record["normalized_score"] for record in records[-max(1, args.num_epochs // 4) :]]
+    same = ("backbone", "env", "context_length", "seed", "sample", "device", "precision")
+    summary = dict(script=SCRIPT, **{name: getattr(args, name) for name in same}, backbone_source=backbone_source)
+    summary |= dict(dataset=data.dataset_id, dataset_steps=len(data.states), dataset_episodes=data.num_episodes)
+    summary |= dict(processes=WORLD_SIZE, parameters=num_parameters, steps=step, epochs=records, best_epoch=best["epoch"])
+    summary |= dict(
+        best_normalized_score=best["normalized_score"],
+        final_normalized_score=records[-1]["normalized_score"],
+        mean_last_quarter_normalized_score=None if None in last_quarter else float(np.mean(last_quarter)),
+    )
+    summary |= dict(steps_per_second=step / train_seconds, train_seconds=train_seconds, eval_seconds=eval_seconds)
     if RANK == 0:
-        best = max(records[1:], key=lambda record: record["return_mean"])
-        last_quarter = [record["normalized_score"] for record in records[-max(1, args.num_epochs // 4) :]]
-        same = ("backbone", "env", "context_length", "seed", "sample", "device", "precision")
-        summary = dict(script=SCRIPT, **{name: getattr(args, name) for name in same}, backbone_source=backbone_source)
-        summary |= dict(dataset=data.dataset_id, dataset_steps=len(data.states), dataset_episodes=data.num_episodes)
-        summary |= dict(processes=WORLD_SIZE, parameters=num_parameters, steps=step, epochs=records, best_epoch=best["epoch"])
-        summary |= dict(
-            best_normalized_score=best["normalized_score"],
-            final_normalized_score=records[-1]["normalized_score"],
-            mean_last_quarter_normalized_score=None if None in last_quarter else float(np.mean(last_quarter)),
-        )
-        summary |= dict(steps_per_second=step / train_seconds, train_seconds=train_seconds, eval_seconds=eval_seconds)
         save_json(run_folder / "summary.json", summary)
-        figure = plot_learning_curve(records, history, args)
-        save(run_folder / "learning_curve.png", lambda file: figure.savefig(file, format="png", dpi=120))
-        writer.add_figure("learning_curve", figure, step)
         writer.close()
         print_table(records, summary)
-        print(f"\n{run_folder}: summary.json, learning_curve.png, checkpoints/; or: tensorboard --logdir runs")
-    if WORLD_SIZE > 1:
-        torch.distributed.destroy_process_group()
+    return summary, history
 
 
-if __name__ == "__main__":
+COLORS = {"gpt2": "#0072B2", "igpt": "#D55E00", "igpt-as-gpt2": "#E69F00", "random": "#555555", "random-gpt2": "#009E73"}
+OTHER_COLOR = "#CC79A7"  # Okabe and Ito's palette: also for the colour-blind
+
+
+def save_figure(figure, run_folder, name, step):
+    """Write a matplotlib figure as a PNG and as a TensorBoard image."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    save(run_folder / f"{name}.png", lambda file: figure.savefig(file, format="png", dpi=120))
+    with SummaryWriter(run_folder) as writer:
+        writer.add_figure(name, figure, step)
+
+
+def parse_arguments():
+    """Return the arguments, those not given taken from the run to resume or from the sample, and the checkpoint to resume."""
     args, latest = tyro.cli(Args, description=__doc__), None
     if args.resume:
         latest = read_latest(args.resume)
-        saved = Args(**latest["args"])
-        args = tyro.cli(Args, default=saved)  # whatever is not given again is as it was
-        changed = [name for name, value in asdict(saved).items() if getattr(args, name) != value and name not in MAY_CHANGE]
-        if changed:
-            stop(f"--{', --'.join(changed).replace('_', '-')} cannot change when a run is resumed; leave out or start a new run.")
+        args = tyro.cli(Args, default=Args(**latest["args"]))
+        names = changed(asdict(args), latest["args"])
+        if names:
+            stop(f"--{', --'.join(names).replace('_', '-')} cannot change when a run is resumed; leave out or start a new run.")
     elif args.sample:
         args = tyro.cli(Args, default=SAMPLE)
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")  # one process speaks
-    with explained(args):
-        experiment(resolve(args), latest)
+    return resolve(args), latest
+
+
+# ======================================================================================================================
+# Figure
+# ======================================================================================================================
+def plot_learning_curve(records, history, args):
+    """Draw return, training loss with saturation, and gradient norm with the clipping threshold; returns the figure."""
+    from matplotlib.figure import Figure
+
+    color = COLORS.get(args.backbone, OTHER_COLOR)
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    epochs = np.array([r["epoch"] for r in records])
+    mean, std = (np.array([r[name] for r in records]) for name in ("return_mean", "return_std"))
+    left.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.2, linewidth=0, label="± 1 sd over episodes")
+    left.plot(epochs, mean, "o-", color=color, markersize=4, label="mean")
+    left.set(xlabel="epoch", ylabel="return", title=f"return of {args.num_eval_episodes} episodes")
+    left.xaxis.get_major_locator().set_params(integer=True)
+    if normalized_score(args.env, 0) is not None:
+        zero, unit = normalized_score(args.env, 0), normalized_score(args.env, 1) - normalized_score(args.env, 0)
+        scores = left.secondary_yaxis("right", functions=(lambda x: zero + unit * x, lambda y: (y - zero) / unit))
+        scores.set_ylabel("normalized score")
+    curves = {name: [h[name] for h in history] for name in ("step", *METRICS)}
+    middle.plot(curves["step"], curves["loss"], color=color, label="loss")
+    middle.plot(curves["step"], curves["saturated_fraction"], "k:", linewidth=1, label="share of |action| > 0.99")
+    middle.set(xlabel="training step", ylabel="mean squared action error / share", title="training loss", ylim=(0, None))
+    right.plot(curves["step"], curves["grad_norm"], color=color, label="before clipping")
+    if args.max_grad_norm:
+        right.axhline(args.max_grad_norm, color="black", linewidth=1, linestyle="--", label=f"threshold {args.max_grad_norm:g}")
+    right.set(xlabel="training step", ylabel="gradient norm", title="gradient norm", yscale="log")
+    for axes in (left, middle, right):
+        axes.legend(frameon=False)
+    sample = ", bundled sample" if args.sample else ""
+    figure.suptitle(f"{args.env}, {backbone_name(args)}, K = {args.context_length}, seed {args.seed}{sample}")
+    return figure
+
+
+# ======================================================================================================================
+# Experiment
+# ======================================================================================================================
+if __name__ == "__main__":
+    args, latest = parse_arguments()
+    run_folder = Path(args.resume or f"runs/{args.run_name}")
+    with processes(), explained(args):
+        summary, history = train(args, run_folder, latest)
+        if RANK == 0:
+            save_figure(plot_learning_curve(summary["epochs"], history, args), run_folder, "learning_curve", summary["steps"])
+            print(f"\n{run_folder}: summary.json, learning_curve.png, checkpoints/; or: tensorboard --logdir runs")

@@ -80,7 +80,13 @@ def released_batch(episodes, mean, std, batch_size, K, device, rng):
         states = (observations[start : start + K] - mean) / std
         pad = K - len(states)
         returns_to_go = np.array([rewards[t:].sum() for t in range(start, start + len(states))])[:, None] / 1000
-        window = (states, actions[start : start + K], returns_to_go, np.arange(start, start + len(states)), np.ones(len(states)))
+        window = (
+            states,
+            actions[start : start + K],
+            returns_to_go,
+            np.arange(start, start + len(states)),
+            np.ones(len(states)),
+        )
         for column, x in zip(columns, window):
             column.append(np.concatenate([np.zeros((pad, *x.shape[1:])), x]))
     states, actions, returns_to_go, timesteps, mask = (torch.from_numpy(np.stack(c)).to(device) for c in columns)
@@ -112,7 +118,7 @@ def released_episode(model, args, data, num_steps, seed):
         states.append((torch.tensor(observation, dtype=torch.float32, device=args.device) - mean) / std)
         last = slice(-args.context_length, None)
         padded = torch.stack([*actions, torch.zeros(data.actions.shape[1], device=args.device)])[last][None]
-        R = torch.tensor(returns_to_go, device=args.device)[last][None, :, None]
+        R = torch.tensor(returns_to_go, dtype=torch.float32, device=args.device)[last][None, :, None]
         timesteps = torch.arange(t + 1, device=args.device)[last][None]
         actions.append(model(torch.stack(states)[last][None], padded, R, timesteps, torch.ones_like(timesteps))[0, -1])
         observation, reward, terminated, truncated, _ = env.step(actions[-1].cpu().numpy())
@@ -142,8 +148,13 @@ def main(options):
     small = options.size == "small"
     args = dt.resolve(
         dt.Args(
-            backbone="random-gpt2", env="HalfCheetah-v5", dataset=str(dt.ASSETS / "halfcheetah-medium"), sample=not small,
-            device=options.device, precision=options.precision, num_eval_episodes=100 if small else 10,
+            backbone="random-gpt2",
+            env="HalfCheetah-v5",
+            dataset=str(dt.ASSETS / "halfcheetah-medium"),
+            sample=not small,
+            device=options.device,
+            precision=options.precision,
+            num_eval_episodes=100 if small else 10,
         )  # fmt: skip
     )
     on_gpu = args.device.startswith("cuda")
@@ -168,7 +179,10 @@ def main(options):
         released = ReleasedModel(config, data.states.shape[1], data.actions.shape[1]).to(args.device)
         optimizer, rng = torch.optim.AdamW(released.parameters(), 1e-4), np.random.default_rng(0)
         theirs = median_seconds(
-            lambda: released_step(released, optimizer, episodes, mean, std, args.batch_size, K, args.device, rng), 3, repeats, args.device
+            lambda: released_step(released, optimizer, episodes, mean, std, args.batch_size, K, args.device, rng),
+            3,
+            repeats,
+            args.device,
         )
         model = dt.DecisionTransformer(config, data.states.shape[1], data.actions.shape[1], 1000).to(args.device)
         learning_rate = torch.tensor(1e-4, device=args.device)

@@ -99,7 +99,9 @@ def build_data(env_name, first_seed, min_steps):
         )  # fmt: skip
         shutil.copytree(Path(root) / "sample" / env_name.lower() / "medium-v0", folder)
     returns = [sum(episode.rewards) for episode in episodes]
-    print(f"{folder.name}: {len(episodes)} episodes, {total_steps} steps, return {np.mean(returns):.0f} ± {np.std(returns):.0f}")
+    print(
+        f"{folder.name}: {len(episodes)} episodes, {total_steps} steps, return {np.mean(returns):.0f} ± {np.std(returns):.0f}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -136,9 +138,7 @@ def build_text(train_steps, seed):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     end = "<|endoftext|>"
-    trainer = trainers.BpeTrainer(
-        vocab_size=2048, special_tokens=[end], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
+    trainer = trainers.BpeTrainer(vocab_size=2048, special_tokens=[end], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(documents, trainer)
     encoded = [encoding.ids + [0] for encoding in tokenizer.encode_batch(documents)]
     held_out = len(encoded) // 20

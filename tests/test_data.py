@@ -25,7 +25,9 @@ def write_d4rl(path, episodes, unfinished=0, **changes):
             columns[name].append(x)
     if unfinished:
         observations, actions, rewards, _ = episodes[0]
-        for name, x in zip(columns, (observations, actions, rewards, np.zeros(len(rewards), bool), np.zeros(len(rewards), bool))):
+        for name, x in zip(
+            columns, (observations, actions, rewards, np.zeros(len(rewards), bool), np.zeros(len(rewards), bool))
+        ):
             columns[name].append(x[:unfinished])
     with h5py.File(path, "w") as file:
         for name, parts in columns.items():
@@ -37,7 +39,12 @@ def made_up_episodes(lengths, state_dim=11, act_dim=3):
     """Episodes of these lengths; every second one is terminated, the others truncated."""
     rng = np.random.default_rng(0)
     return [
-        (rng.normal(3, 2, (n, state_dim)).astype("f4"), rng.uniform(-1, 1, (n, act_dim)).astype("f4"), rng.normal(size=n), i % 2 == 0)
+        (
+            rng.normal(3, 2, (n, state_dim)).astype("f4"),
+            rng.uniform(-1, 1, (n, act_dim)).astype("f4"),
+            rng.normal(size=n),
+            i % 2 == 0,
+        )
         for i, n in enumerate(lengths)
     ]
 

@@ -46,7 +46,7 @@ def test_run_leaves_everything_that_was_promised(run_script, tmp_path):
     summary = json.loads((folder / "summary.json").read_text())
     args = json.loads((folder / "args.json").read_text())
     assert summary["sample"] and "not the paper" in result.out
-    assert (args["n_layer"], args["n_head"], args["activation"], args["learning_rate"]) == (2, 1, "relu", 1e-3)
+    assert (args["n_layer"], args["n_head"], args["activation"], args["learning_rate"]) == (2, 1, "relu", 2e-3)
     assert summary["steps"] == 12 and summary["parameters"] > 10_000 and summary["dataset_steps"] >= 20_000
     assert [r["epoch"] for r in summary["epochs"]] == [0, 1, 2] and summary["epochs"][0]["loss"] is None
     for record in summary["epochs"][1:]:
@@ -58,7 +58,8 @@ def test_run_leaves_everything_that_was_promised(run_script, tmp_path):
     assert "best" in result.out and "| mean over the last quarter" not in result.err
 
     checkpoint = torch.load(folder / "checkpoints" / "epoch_2.pt", weights_only=True)
-    model = dt.DecisionTransformer(dt.GPTConfig(**checkpoint["config"]), **checkpoint["shape"])
+    architecture = checkpoint["architecture"]
+    model = dt.DecisionTransformer(dt.GPTConfig(**architecture.pop("config")), **architecture)
     model.load_state_dict(checkpoint["model"])
     assert checkpoint["script"] == "dt_pretrained" and checkpoint["step"] == 12 and checkpoint["state_mean"].shape == (11,)
 
@@ -69,8 +70,10 @@ def test_run_leaves_everything_that_was_promised(run_script, tmp_path):
     assert train | {"train/steps_per_second", "eval/return_mean", "eval/normalized_score"} <= set(events.Tags()["scalars"])
     assert events.Tags()["images"] == ["learning_curve"]
     rates = [e.value for e in events.Scalars("train/learning_rate")]
-    np.testing.assert_allclose(rates, [1e-3 * min(step / 50, 1) for step in range(1, 13)], rtol=1e-5)
-    assert math.isclose(np.mean([e.value for e in events.Scalars("train/loss")][:6]), summary["epochs"][1]["loss"], rel_tol=1e-5)
+    np.testing.assert_allclose(rates, [2e-3 * min(step / 400, 1) for step in range(1, 13)], rtol=1e-5)
+    assert math.isclose(
+        np.mean([e.value for e in events.Scalars("train/loss")][:6]), summary["epochs"][1]["loss"], rel_tol=1e-5
+    )
 
 
 def test_same_command_same_numbers(run_script, tmp_path):
@@ -97,7 +100,12 @@ def test_clipping_on_and_off(max_grad_norm, run_script, tmp_path, monkeypatch):
         return step(self, *arguments)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", spy)
-    assert run_script(SCRIPT, "--sample", "--backbone", "random", *TINY, "--max-grad-norm", max_grad_norm, "--run-name", "a").status == 0
+    assert (
+        run_script(
+            SCRIPT, "--sample", "--backbone", "random", *TINY, "--max-grad-norm", max_grad_norm, "--run-name", "a"
+        ).status
+        == 0
+    )
     summary = json.loads((tmp_path / "runs" / "a" / "summary.json").read_text())
     assert len(norms) == 12
     if max_grad_norm:
@@ -110,7 +118,18 @@ def test_clipping_on_and_off(max_grad_norm, run_script, tmp_path, monkeypatch):
 
 def test_the_sample_learns(run_script, tmp_path):
     """Sixty steps from the bundled language model bring the loss well below that of the first ones."""
-    size = ["--num-epochs", "3", "--steps-per-epoch", "20", "--num-eval-episodes", "2", "--warmup-steps", "5"]
+    size = [
+        "--num-epochs",
+        "3",
+        "--steps-per-epoch",
+        "20",
+        "--num-eval-episodes",
+        "2",
+        "--warmup-steps",
+        "5",
+        "--learning-rate",
+        "1e-3",
+    ]
     assert run_script(SCRIPT, "--sample", *size, "--run-name", "a").status == 0
     epochs = json.loads((tmp_path / "runs" / "a" / "summary.json").read_text())["epochs"]
     assert epochs[3]["loss"] < 0.7 * epochs[1]["loss"]
@@ -133,7 +152,11 @@ def test_another_environment(run_script, tmp_path, monkeypatch):
             observation, reward, terminated, truncated, _ = env.step(action)
             episode.observations.append(observation)
             episode.actions.append(action)
-            for column, value in ((episode.rewards, reward), (episode.terminations, terminated), (episode.truncations, truncated)):
+            for column, value in (
+                (episode.rewards, reward),
+                (episode.terminations, terminated),
+                (episode.truncations, truncated),
+            ):
                 column.append(value)
         episodes.append(episode)
     minari.create_dataset_from_buffers("pendulum/random-v0", buffer=episodes, env=env, data_format="hdf5")

@@ -16,7 +16,18 @@ from conftest import ROOT, TINY
 import dt_pretrained as dt
 
 SCRIPT = ROOT / "dt_pretrained.py"
-COMMAND = ["--sample", "--backbone", "random", *TINY[:4], "--num-epochs", "3", "--steps-per-epoch", "40", "--num-eval-episodes", "2"]
+COMMAND = [
+    "--sample",
+    "--backbone",
+    "random",
+    *TINY[:4],
+    "--num-epochs",
+    "3",
+    "--steps-per-epoch",
+    "40",
+    "--num-eval-episodes",
+    "2",
+]
 TIMES = ("steps_per_second", "train_seconds", "eval_seconds")
 
 
@@ -228,7 +239,9 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
                 largest = max(largest, abs(a[name] - b[name]) / (abs(a[name]) + 1e-3))
     print(f"largest relative difference {largest:.1e}")
     assert largest < 1e-3
-    weights = [torch.load(tmp_path / "runs" / n / "checkpoints" / "epoch_3.pt", weights_only=True)["model"] for n in ("one", "two")]
+    weights = [
+        torch.load(tmp_path / "runs" / n / "checkpoints" / "epoch_3.pt", weights_only=True)["model"] for n in ("one", "two")
+    ]
     for key, value in weights[0].items():
         torch.testing.assert_close(weights[1][key], value, rtol=1e-3, atol=1e-4)
 

@@ -88,8 +88,14 @@ def test_whole_model_equals_transformers_decision_transformer(backbone):
     config, _, _ = dt.load_backbone(sample_args(backbone))
     theirs = transformers.DecisionTransformerModel(
         transformers.DecisionTransformerConfig(
-            state_dim=11, act_dim=3, hidden_size=config.n_embd, n_layer=config.n_layer, n_head=config.n_head,
-            activation_function=config.activation, max_ep_len=50, n_positions=256,
+            state_dim=11,
+            act_dim=3,
+            hidden_size=config.n_embd,
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            activation_function=config.activation,
+            max_ep_len=50,
+            n_positions=256,
         )  # fmt: skip
     ).eval()
     state = {f"encoder.{k}": v for k, v in ours.transformer.state_dict().items()}

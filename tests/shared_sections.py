@@ -1,0 +1,36 @@
+"""Keep the sections that the scripts share the same, word for word.
+
+python tests/shared_sections.py      # rewrite the copies from dt_pretrained.py
+"""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ORIGINAL = "dt_pretrained.py"
+COPIES = ("dt_no_context.py",)
+SHARED = ("Defaults", "Model", "Backbones", "Data", "Evaluation", "Training", "Interruptions", "Run")
+BANNER = re.compile(r"^# ={118}\n# (.+)\n# ={118}\n", re.MULTILINE)
+
+
+def split(text):
+    """Return the part before the first banner, and the sections, banner included, by the banner's first words."""
+    starts = list(BANNER.finditer(text)) + [None]
+    sections = {}
+    for banner, following in zip(starts, starts[1:]):
+        sections[banner[1].split(":")[0]] = text[banner.start() : following.start() if following else len(text)]
+    return text[: starts[0].start()], sections
+
+
+def rewritten(name):
+    """Return the text of script `name` with its shared sections replaced by those of the original."""
+    _, original = split((ROOT / ORIGINAL).read_text())
+    head, sections = split((ROOT / name).read_text())
+    return head + "".join(original[title] if title in SHARED else body for title, body in sections.items())
+
+
+if __name__ == "__main__":
+    for name in COPIES:
+        text = rewritten(name)
+        print(f"{name}: {'unchanged' if text == (ROOT / name).read_text() else 'rewritten'}")
+        (ROOT / name).write_text(text)

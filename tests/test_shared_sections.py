@@ -1,0 +1,50 @@
+"""The scripts are standalone, and what they share is the same lines in the same order."""
+
+import ast
+import shutil
+import subprocess
+import sys
+
+import pytest
+import shared_sections
+from conftest import ROOT
+
+SCRIPTS = (shared_sections.ORIGINAL, *shared_sections.COPIES)
+
+
+@pytest.mark.parametrize("name", shared_sections.COPIES)
+def test_shared_sections_have_not_drifted(name):
+    assert shared_sections.rewritten(name) == (ROOT / name).read_text(), "run: python tests/shared_sections.py"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_shared_section_is_there_and_in_order(name):
+    _, sections = shared_sections.split((ROOT / name).read_text())
+    assert [title for title in sections if title in shared_sections.SHARED] == list(shared_sections.SHARED)
+    assert list(sections)[0] == "Arguments" and list(sections)[-1] == "Experiment"
+
+
+def test_drift_is_noticed(tmp_path, monkeypatch):
+    for name in SCRIPTS:
+        shutil.copy(ROOT / name, tmp_path)
+    copy = tmp_path / shared_sections.COPIES[0]
+    whole = copy.read_text()
+    copy.write_text(whole.replace("RETURN_SCALE = 1000", "RETURN_SCALE = 1"))
+    monkeypatch.setattr(shared_sections, "ROOT", tmp_path)
+    assert shared_sections.rewritten(copy.name) == whole != copy.read_text()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_standalone(name, tmp_path):
+    """No script imports another one, and a copy in an empty folder answers --help."""
+    imported = {
+        alias.name
+        for node in ast.walk(ast.parse((ROOT / name).read_text()))
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
+    imported |= {node.module for node in ast.walk(ast.parse((ROOT / name).read_text())) if isinstance(node, ast.ImportFrom)}
+    assert not imported & {script.removesuffix(".py") for script in SCRIPTS}
+    shutil.copy(ROOT / name, tmp_path)
+    result = subprocess.run([sys.executable, name, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0 and "--backbone" in result.stdout and "(default: 0.25)" in result.stdout
