@@ -116,7 +116,7 @@ class Args:
 
 # What --sample changes where the user did not say otherwise.
 SAMPLE = Args(
-    sample=True, batch_size=32, learning_rate=2e-3, warmup_steps=400, num_epochs=4, steps_per_epoch=200, num_eval_episodes=10,
+    sample=True, batch_size=32, learning_rate=2e-3, warmup_steps=400, num_epochs=4, steps_per_epoch=200, num_eval_episodes=8,
     save_epochs=(0, 1),
 )  # fmt: skip
 
@@ -456,12 +456,6 @@ def make_model(args, shape):
     if args.member == "random":
         return model, dict(config=asdict(random_config), blocks={}, **shape), random_source, 1e-8
     index = int(args.member.removeprefix("block_"))
-    if config.n_embd != random_config.n_embd:
-        stop(
-            f"block {index} of {args.backbone} is {config.n_embd} wide, but the model {random_config.n_embd}; leave out --n-embd."
-        )
-    if not 0 <= index < min(config.n_layer, random_config.n_layer):
-        stop(f"there is no block {index}: {args.backbone} has {config.n_layer} blocks and the model {random_config.n_layer}.")
     model.transformer.h[index] = block = Block(config, index)
     prefix = f"h.{index}."
     block.load_state_dict({name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)})
@@ -1074,7 +1068,7 @@ def save_figure(figure, run_folder, name, step):
 
 
 def parse_arguments():
-    """Return the arguments, those not given taken from the run to resume or from the sample, and the checkpoint to resume."""
+    """Return the arguments as given, the others from the run to resume or the sample, and the checkpoint to resume."""
     args, latest = tyro.cli(Args, description=__doc__), None
     if args.resume:
         latest = read_latest(args.resume)
@@ -1084,7 +1078,7 @@ def parse_arguments():
             stop(f"--{', --'.join(names).replace('_', '-')} cannot change when a run is resumed; leave out or start a new run.")
     elif args.sample:
         args = tyro.cli(Args, default=SAMPLE)
-    return resolve(args), latest
+    return args, latest
 
 
 # ======================================================================================================================
@@ -1299,9 +1293,14 @@ def members(args):
     """The runs of this experiment: one, or the two references and one per replaced block."""
     if not args.replace_blocks:
         return [""]
-    blocks = args.replace_blocks
-    if "all" in blocks:
-        blocks = range(load_backbone(args)[0].n_layer)
+    config, _, _ = load_backbone(args)
+    n_embd, n_layer = args.n_embd or config.n_embd, args.n_layer or config.n_layer
+    blocks = range(min(n_layer, config.n_layer)) if "all" in args.replace_blocks else args.replace_blocks
+    if n_embd != config.n_embd:
+        stop(f"the blocks of {args.backbone} are {config.n_embd} wide, but the model {n_embd}; leave out --n-embd.")
+    for index in blocks:
+        if not 0 <= index < min(n_layer, config.n_layer):
+            stop(f"there is no block {index} to replace: {args.backbone} has {config.n_layer} blocks and the model {n_layer}.")
     return ["random", args.backbone, *(f"block_{index}" for index in blocks)]
 
 
@@ -1315,7 +1314,7 @@ def print_comparison(runs):
 
 
 if __name__ == "__main__":
-    args, _ = parse_arguments()
+    args = resolve(parse_arguments()[0])
     check_particular(args)
     study = Path(args.resume or f"runs/{args.run_name}")
     study = study.parent if args.resume and args.member else study

@@ -102,7 +102,7 @@ class Args:
 
 # What --sample changes where the user did not say otherwise.
 SAMPLE = Args(
-    sample=True, batch_size=32, learning_rate=2e-3, warmup_steps=400, num_epochs=4, steps_per_epoch=200, num_eval_episodes=10,
+    sample=True, batch_size=32, learning_rate=2e-3, warmup_steps=400, num_epochs=4, steps_per_epoch=200, num_eval_episodes=8,
     save_epochs=(0, 1),
 )  # fmt: skip
 
@@ -1024,7 +1024,7 @@ def save_figure(figure, run_folder, name, step):
 
 
 def parse_arguments():
-    """Return the arguments, those not given taken from the run to resume or from the sample, and the checkpoint to resume."""
+    """Return the arguments as given, the others from the run to resume or the sample, and the checkpoint to resume."""
     args, latest = tyro.cli(Args, description=__doc__), None
     if args.resume:
         latest = read_latest(args.resume)
@@ -1034,7 +1034,7 @@ def parse_arguments():
             stop(f"--{', --'.join(names).replace('_', '-')} cannot change when a run is resumed; leave out or start a new run.")
     elif args.sample:
         args = tyro.cli(Args, default=SAMPLE)
-    return resolve(args), latest
+    return args, latest
 
 
 # ======================================================================================================================
@@ -1077,6 +1077,7 @@ def plot_learning_curve(records, history, args):
 # ======================================================================================================================
 if __name__ == "__main__":
     args, latest = parse_arguments()
+    args = resolve(args)
     run_folder = Path(args.resume or f"runs/{args.run_name}")
     with processes(), explained(args):
         summary, history = train(args, run_folder, latest)
