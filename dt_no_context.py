@@ -116,7 +116,7 @@ class Args:
 
 # What --sample changes where the user did not say otherwise.
 SAMPLE = Args(
-    sample=True, batch_size=32, learning_rate=2e-3, warmup_steps=400, num_epochs=4, steps_per_epoch=200, num_eval_episodes=8,
+    sample=True, batch_size=64, learning_rate=5e-4, warmup_steps=400, num_epochs=6, steps_per_epoch=500, num_eval_episodes=8,
     save_epochs=(0, 1),
 )  # fmt: skip
 
@@ -1249,19 +1249,18 @@ def plot_attention(distances, args):
     axes = figure.subplots(1, len(others) + len(distances), squeeze=False)[0]
     for ax, epoch in zip(axes, others):
         ax.boxplot(gap(distances, epoch), tick_labels=range(num_blocks), flierprops=dict(markersize=2))
-        ax.set(
-            xlabel="block",
-            ylabel="gap in tokens",
-            title=f"|d(epoch {epoch}) - d(epoch {first})|, {args.attention_windows} windows",
-        )
-    highest = max(np.nanmean(values, axis=0)[np.isfinite(np.nanmean(values, axis=0))].max() for values in distances.values())
+        ax.set(xlabel="block", ylabel="gap in tokens", title=f"|d(epoch {epoch}) - d(epoch {first})| per window")
+    means = [values.mean(axis=0) for values in distances.values()]
+    lowest, highest = np.nanmin(means), np.nanmax(means)
     for ax, (epoch, values) in zip(axes[len(others) :], distances.items()):
-        image = ax.imshow(values.mean(axis=0), aspect="auto", vmin=0, vmax=highest, cmap="viridis")
+        image = ax.imshow(values.mean(axis=0), aspect="auto", vmin=lowest, vmax=highest, cmap="viridis")
         ax.set(xlabel="head", ylabel="block", title=f"mean distance, epoch {epoch}")
         ax.set_xticks(range(values.shape[2]))
         ax.set_yticks(range(num_blocks))
     figure.colorbar(image, ax=axes[len(others) :].tolist(), label="tokens")
-    figure.suptitle(title(args, f"attention distance of {args.member or backbone_name(args)}"))
+    figure.suptitle(
+        title(args, f"attention distance of {args.member or backbone_name(args)} on {args.attention_windows} windows")
+    )
     return figure
 
 
