@@ -117,6 +117,8 @@ class Args:
     """which of the backbones is being trained; set by the script"""
     max_grad_norm: tyro.conf.Suppress[float] = 0.25
     """which of the thresholds is in force; set by the script"""
+    study: tyro.conf.Suppress[str] = ""
+    """all arguments as they were given, in a run that is one of several; set by the script"""
 
 
 # What --sample changes where the user did not say otherwise.
@@ -1101,6 +1103,7 @@ def gradient_statistics(model, windows, num_confusion, chunk_size, progress=""):
     norms, squares = {}, torch.zeros(len(windows[0]), device=windows[0].device, dtype=torch.float64)
     inner_products = torch.zeros(num_confusion, num_confusion, device=windows[0].device, dtype=torch.float64)
     for group, names in tqdm(parameter_groups(model).items(), desc=f"gradients {progress}", unit="block", leave=False):
+        torch.manual_seed(0)  # where dropout is left on, it is the same for every block
         gradients = window_gradients(model, windows, names, chunk_size)
         for name in names:
             gradient = gradients.pop(name)
@@ -1135,16 +1138,6 @@ def parameter_change(before, after):
 # ======================================================================================================================
 # Analysis: one checkpoint
 # ======================================================================================================================
-def read_checkpoint_file(path):
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        have = sorted(p.name for p in path.parent.glob("epoch_*.pt"))
-        stop(f"there is no {path}; {path.parent} has {', '.join(have) or 'no checkpoints'}.")
-    except Exception as error:
-        stop(f"{path} is damaged or no checkpoint: {first_line(error)}.")
-
-
 def rebuild_model(checkpoint, args):
     """Return the model of a checkpoint of any of the scripts, with the dropout it was trained with."""
     architecture = dict(checkpoint["architecture"])
@@ -1158,8 +1151,8 @@ def rebuild_model(checkpoint, args):
 
 def analyse(run_folder, epoch, args):
     """Analyse the checkpoint of `epoch` in `run_folder` in float32; returns everything that the figures show."""
-    start = read_checkpoint_file(run_folder / "checkpoints" / "epoch_0.pt")
-    checkpoint = read_checkpoint_file(run_folder / "checkpoints" / f"epoch_{epoch}.pt")
+    files = [run_folder / "checkpoints" / f"epoch_{e}.pt" for e in (0, epoch)]
+    start, checkpoint = (torch.load(file, map_location="cpu", weights_only=True) for file in files)
     trained_with = checkpoint["args"]
     own = {name: trained_with[name] for name in ("env", "dataset", "context_length", "max_grad_norm", "backbone")}
     label = trained_with.get("member") or backbone_name(replace(args, backbone=own["backbone"]))
@@ -1330,60 +1323,69 @@ def print_findings(results):
 # ======================================================================================================================
 def members(args):
     """Arguments of each run to train, by the name of its folder."""
-    runs = {}
+    runs, study = {}, json.dumps(asdict(args))
     for backbone in args.backbones:
         is_random = backbone in ("random", "random-gpt2")
         own = {} if is_random else dict(n_layer=None, n_head=None, n_embd=None, activation=None)
         for max_grad_norm in args.max_grad_norms:
             name = Path(backbone).name + (f"_clip_{max_grad_norm:g}" if len(args.max_grad_norms) > 1 else "")
-            runs[name] = resolve(replace(args, backbone=backbone, max_grad_norm=max_grad_norm, **own))
+            runs[name] = resolve(replace(args, backbone=backbone, max_grad_norm=max_grad_norm, study=study, **own))
     return runs
+
+
+def checkpoints_of(folder, epochs):
+    """The (folder, epoch) pairs to analyse of a finished run; without `epochs`, its last."""
+    try:
+        last = len(json.loads((folder / "summary.json").read_text())["epochs"]) - 1
+    except (OSError, ValueError, KeyError) as error:
+        stop(f"{folder} cannot be analysed, it is no folder of a finished run: {first_line(error)}.")
+    for epoch in (0, *epochs):
+        if not (folder / "checkpoints" / f"epoch_{epoch}.pt").exists():
+            stop(f"{folder} cannot be analysed, it has no checkpoint of epoch {epoch}; train it with --save-epochs 0 {epoch}.")
+    return [(folder, epoch) for epoch in epochs or (last,)]
+
+
+def check(args):
+    """Refuse what only this script has and cannot work, before anything is trained."""
+    if min(args.norm_windows, args.chunk_size, args.num_epochs) < 1 or args.confusion_windows < 2:
+        stop("--norm-windows, --chunk-size and --num-epochs must be at least 1, and --confusion-windows at least 2.")
+    beyond = [] if args.runs else [epoch for epoch in args.epochs if not 0 <= epoch <= args.num_epochs]
+    if beyond:
+        stop(f"--epochs {beyond[0]} is not between 0 and --num-epochs {args.num_epochs}.")
+    for folder in args.runs:
+        checkpoints_of(Path(folder), args.epochs)
 
 
 if __name__ == "__main__":
     args, latest = parse_arguments()
-    if args.resume:  # the member that was interrupted; the others are as the study's own arguments say
-        study = Path(args.resume).parent
-        given = {
-            name: tuple(x) if isinstance(x, list) else x for name, x in json.loads((study / "args.json").read_text()).items()
-        }
-        args = replace(Args(**given), resume=args.resume)
-    if min(args.norm_windows, args.chunk_size) < 1 or args.confusion_windows < 2 or args.num_epochs < 1:
-        stop("--norm-windows, --chunk-size and --num-epochs must be at least 1, and --confusion-windows at least 2.")
+    if latest is not None:  # of one of the runs; which ones there are is in the arguments as they were given
+        may_change = {name: getattr(args, name) for name in MAY_CHANGE}
+        given = {name: tuple(x) if isinstance(x, list) else x for name, x in json.loads(args.study).items()}
+        args = Args(**{**given, **may_change})
+    check(args)
     args.run_name = args.run_name or f"{args.env}__{SCRIPT}__{args.seed}__{int(time.time())}"
-    study = study if args.resume else Path("runs") / args.run_name
+    args.save_epochs = tuple(sorted({0, *args.save_epochs, *args.epochs}))
+    study = Path(args.resume).parent if args.resume else Path("runs") / args.run_name
     if study.exists() and not args.resume:
         stop(f"{study} already exists; choose another --run-name.")
-    trained = {} if args.runs else members(args)
-    epochs = args.epochs or (args.num_epochs,)
-    args.save_epochs = tuple(sorted({0, *args.save_epochs, *epochs}))
-    with processes(), explained(resolve(replace(args))):
-        for name, member_args in trained.items():
+    runs = {} if args.runs else members(args)
+    analysis_args = resolve(replace(args, precision="fp32"))
+    with processes(), explained(analysis_args):
+        for name, run_args in runs.items():
             if not (study / name / "summary.json").exists():
-                if not args.resume and name == next(iter(trained)):
-                    study.mkdir(parents=True)
-                    save_json(study / "args.json", asdict(args))
                 has_latest = (study / name / "checkpoints" / "latest.pt").exists()
-                member_args = replace(member_args, resume=args.resume, save_epochs=args.save_epochs)
-                train(member_args, study / name, read_latest(study / name) if has_latest else None)
+                train(run_args, study / name, read_latest(study / name) if has_latest else None)
         if RANK == 0:
-            checkpoints = [(study / name, epoch) for name in trained for epoch in epochs]
-            for folder in map(Path, args.runs):
-                last = len(json.loads((folder / "summary.json").read_text())["epochs"]) - 1
-                checkpoints += [(folder, epoch) for epoch in args.epochs or (last,)]
-            device_args = resolve(replace(args, precision="fp32"))
-            results = [
-                analyse(folder, epoch, device_args) for folder, epoch in tqdm(checkpoints, desc="analysis", unit="checkpoint")
-            ]
+            folders = [study / name for name in runs] or [Path(folder) for folder in args.runs]
+            checkpoints = [pair for folder in folders for pair in checkpoints_of(folder, args.epochs)]
+            bar = tqdm(checkpoints, desc="analysis", unit="checkpoint")
+            results = [analyse(folder, epoch, analysis_args) for folder, epoch in bar]
             study.mkdir(parents=True, exist_ok=True)
-            arrays = {
-                f"{i}_{key}": r.pop(key)
-                for i, r in enumerate(map(dict, results))
-                for key in ("norm_before", "norm_after", "cosines")
-            }
+            raw = ("norm_before", "norm_after", "cosines")
+            arrays = {f"{i}_{key}": result[key] for i, result in enumerate(results) for key in raw}
             save(study / "gradients.npz", lambda file: np.savez(file, **arrays))
-            save_json(study / "results.json", json.loads(json.dumps(results, default=lambda x: np.asarray(x).tolist())))
+            save_json(study / "results.json", [result | {key: result[key].tolist() for key in raw} for result in results])
             for name, figure in figures(results, args).items():
-                save_figure(figure, study, name, max(epochs))
+                save_figure(figure, study, name, max(epoch for _, epoch in checkpoints))
             print_findings(results)
             print(f"\n{study}: results.json, gradients.npz and five figures; or: tensorboard --logdir runs")
