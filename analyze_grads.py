@@ -1249,18 +1249,28 @@ def plot_confusion(results, args):
     return figure
 
 
-def plot_sets(results, args, key, labels, what):
-    """One panel per result or per key: a bar for each parameter set in the order of the network."""
-    figure = new_figure(results, args, what, 14, 2.6 * len(labels) + 0.8)
-    for axes, (panel, label) in zip(figure.subplots(len(labels), 1, squeeze=False)[:, 0], labels.items()):
-        for i, (result, values) in enumerate(key(panel)):
-            names = list(values)
-            offset = np.arange(len(names)) + (i - (len(key(panel)) - 1) / 2) * 0.8 / len(key(panel))
-            axes.bar(offset, list(values.values()), 0.8 / len(key(panel)), color=color_of(result), label=name_of(result))
-        blocks = [n for n, name in enumerate(names) if n == 0 or name.split(".")[0] != names[n - 1].split(".")[0]]
-        axes.set_xticks(blocks, [f"block {names[n].split('.')[0]}" for n in blocks], ha="left", fontsize="small")
-        axes.set(ylabel=label, xlim=(-1, len(names)))
-        axes.legend(frameon=False, fontsize="small", loc="upper right")
+def plot_sets(results, args, what, panels):
+    """Bars for each parameter set in network order; `panels` are (y label, title, [(result, {set: value})]) from top to bottom.
+
+    Backbones without some of the sets, such as ImageGPT's LayerNorm biases, leave their places empty.
+    """
+    figure = new_figure(results, args, what, 15, 3 * len(panels) + 0.8)
+    order = list(
+        dict.fromkeys(name for r in results for name in max((r["set_norms"] for r in results), key=len) | r["set_norms"])
+    )
+    place = {name: i for i, name in enumerate(sorted(order, key=lambda name: int(name.split(".")[0])))}
+    for axes, (label, panel_title, bars) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels):
+        width = 0.8 / len(bars)
+        for i, (result, values) in enumerate(bars):
+            x = [place[name] + (i - (len(bars) - 1) / 2) * width for name in values]
+            axes.bar(x, list(values.values()), width, color=color_of(result), label=name_of(result))
+        if label == "cosine similarity":
+            lowest = np.nanmin([value for _, values in bars for value in values.values()])
+            axes.set_ylim(lowest - 0.1 * (1 - lowest), 1)
+        ticks = place if len(place) <= 60 else {name: i for name, i in place.items() if name.endswith("ln_1.weight")}
+        axes.set_xticks(list(ticks.values()), list(ticks), rotation=90, fontsize="x-small")
+        axes.set(ylabel=label, xlim=(-1, len(place)), title=panel_title)
+        axes.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -1281,21 +1291,28 @@ def plot_clipping(results, args):
     return figure
 
 
+def largest_sets(result, count=4):
+    """The parameter sets with the largest shares of the squared gradient over the blocks, as text."""
+    largest = sorted(result["set_shares"].items(), key=lambda item: -item[1])[:count]
+    rest = 1 - sum(share for _, share in largest)
+    return ", ".join(f"{name} {share:.0%}" for name, share in largest) + f", all others {rest:.0%}"
+
+
 def figures(results, args):
     """All figures by name."""
-    per_result = {i: f"{name_of(r)}" for i, r in enumerate(results)}
-    change = {"distance": "l2 distance", "relative": "relative distance", "cosine": "cosine similarity"}
-    by_change = lambda key: [(r, {name: c[key] for name, c in r["change"].items()}) for r in results]  # noqa: E731
+    norms = [("mean gradient norm", f"share of the square: {largest_sets(r)}", [(r, r["set_norms"])]) for r in results]
+    labels = {"distance": "l2 distance", "relative": "relative distance", "cosine": "cosine similarity"}
+    changes = [
+        (label, "", [(r, {name: change[key] for name, change in r["change"].items()}) for r in results])
+        for key, label in labels.items()
+    ]
     return {
         "gradient_norm": plot_norms(results, args),
         "gradient_confusion": plot_confusion(results, args),
-        "gradient_per_set": plot_sets(
-            results, args, lambda i: [(results[i], results[i]["set_norms"])], dict.fromkeys(per_result, "mean gradient norm"),
-            f"gradient norm per parameter set, mean of {args.norm_windows} windows",
-        ),
+        "gradient_per_set": plot_sets(results, args, f"gradient per parameter set, mean of {args.norm_windows} windows", norms),
         "clipping": plot_clipping(results, args),
-        "parameter_change": plot_sets(results, args, by_change, change, "parameter sets since epoch 0"),
-    }  # fmt: skip
+        "parameter_change": plot_sets(results, args, "change of each parameter set since epoch 0", changes),
+    }
 
 
 def print_findings(results):
@@ -1314,8 +1331,7 @@ def print_findings(results):
         print(name_of(r).ljust(width) + "".join(f"{v:>17}" for v in (*values, f"{r['cosine']:.5f}")))
     print("\nlargest shares of the squared gradient over the blocks:")
     for r in results:
-        largest = sorted(r["set_shares"], key=r["set_shares"].get, reverse=True)[:4]
-        print(name_of(r).ljust(width), ", ".join(f"{name} {r['set_shares'][name]:.0%}" for name in largest))
+        print(name_of(r).ljust(width), largest_sets(r))
 
 
 # ======================================================================================================================

@@ -1200,8 +1200,8 @@ def plot_curves(runs, args):
             axes.plot(*zip(*points), style, marker="o", markersize=3, color=color_of(run), label=text)
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.axes[0].legend(frameon=False)
-    figure.suptitle(title(args, "fine-tuning without context" if len(runs) > 1 else ""))
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=5)
+    figure.suptitle(f"{args.env}: fine-tuning with K = 1 (solid) and with context (dashed){', bundled sample' * args.sample}")
     return figure
 
 
