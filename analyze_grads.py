@@ -1221,7 +1221,7 @@ def boxes(axes, results, values):
 
 def plot_norms(results, args):
     """Gradient norm of single windows before and after clipping, with the threshold (section 5.4)."""
-    figure = new_figure(results, args, f"gradient norm of {args.norm_windows} single windows", 3 + 3.2 * len(results), 4)
+    figure = new_figure(results, args, f"gradient norm of {args.norm_windows} single windows", 4 + 2 * len(results), 4)
     before, after = figure.subplots(1, 2, sharey=True)
     boxes(before, results, [r["norm_before"] for r in results])
     boxes(after, results, [r["norm_after"] for r in results])
@@ -1235,9 +1235,7 @@ def plot_norms(results, args):
 
 def plot_confusion(results, args):
     """Distribution and minimum of the cosines between the gradients of two windows (Sankararaman et al. 2020)."""
-    figure = new_figure(
-        results, args, f"gradients of {args.confusion_windows} windows, pair by pair", 3 + 3.2 * len(results), 4
-    )
+    figure = new_figure(results, args, f"gradients of {args.confusion_windows} windows, pair by pair", 4 + 2 * len(results), 4)
     left, right = figure.subplots(1, 2)
     boxes(left, results, [r["cosines"] for r in results])
     left.set(ylabel="cosine similarity", title="all pairs")
@@ -1287,7 +1285,7 @@ def plot_clipping(results, args):
             )
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.axes[0].legend(frameon=False, fontsize="small")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4)
     return figure
 
 
@@ -1400,7 +1398,9 @@ if __name__ == "__main__":
             raw = ("norm_before", "norm_after", "cosines")
             arrays = {f"{i}_{key}": result[key] for i, result in enumerate(results) for key in raw}
             save(study / "gradients.npz", lambda file: np.savez(file, **arrays))
-            save_json(study / "results.json", [result | {key: result[key].tolist() for key in raw} for result in results])
+            numbers = [result | {key: result[key].tolist() for key in raw} for result in results]
+            numbers = json.loads(json.dumps(numbers), parse_constant=lambda name: None)  # JSON has no NaN
+            save_json(study / "results.json", numbers)
             for name, figure in figures(results, args).items():
                 save_figure(figure, study, name, max(epoch for _, epoch in checkpoints))
             print_findings(results)
