@@ -1156,7 +1156,7 @@ def read_run(folder):
     except (OSError, ValueError) as error:
         stop(f"{folder} cannot be compared with, it is no folder of a finished run: {first_line(error)}.")
     epochs = summary["epochs"]
-    name = run_args.get("member") or Path(summary["backbone"]).name
+    name = Path(run_args.get("member") or summary["backbone"]).name
     curves = {
         key: [record[key] for record in epochs]
         for key in ("epoch", "loss", "saturated_fraction", "return_mean", "normalized_score")

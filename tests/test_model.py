@@ -1,12 +1,15 @@
 """The model against transformers' GPT2Model, ImageGPTModel and DecisionTransformerModel, in float32."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 import transformers
-from conftest import ASSETS
+from conftest import ASSETS, ROOT
 
 import dt_pretrained as dt
 
@@ -196,6 +199,23 @@ def test_pytorch_bin_gives_the_same_weights_as_safetensors(kind, tmp_path):
     _, weights, source = dt.load_backbone(sample_args(str(tmp_path)))
     assert source == str(tmp_path) and weights.keys() == expected.keys()
     assert all(torch.equal(weights[k], expected[k]) and weights[k].dtype == torch.float32 for k in expected)
+
+
+def test_hub_ids_are_read_from_the_hubs_cache(tmp_path):
+    """A cache as the hub's own tools leave it, without a network: in a process of its own, as the cache is set at import."""
+    snapshot = tmp_path / "hub" / "models--openai-community--gpt2" / "snapshots" / "0123456789abcdef"
+    shutil.copytree(ASSETS / "text-gpt2", snapshot)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text(snapshot.name)
+    code = """
+import dt_pretrained as dt
+args = dt.resolve(dt.Args(backbone="gpt2", device="cpu"))
+config, weights, source = dt.load_backbone(args)
+print(source, config.n_layer, len(weights))
+"""
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.stdout.split() == ["openai-community/gpt2", "4", "50"], result.stderr
 
 
 def damaged_checkpoint(folder, change):
