@@ -97,6 +97,7 @@ def test_clipping_on_and_off(max_grad_norm, run_script, tmp_path, monkeypatch):
     def spy(self, *arguments):
         gradients = [p.grad for group in self.param_groups for p in group["params"]]
         norms.append(torch.cat([g.flatten() for g in gradients]).norm().item())
+        assert [(group["eps"], group["weight_decay"]) for group in self.param_groups] == [(1e-8, 1e-4)]
         return step(self, *arguments)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", spy)

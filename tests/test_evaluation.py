@@ -69,6 +69,25 @@ def test_same_actions_and_rewards_as_one_episode_at_a_time(env_id, context_lengt
         np.testing.assert_allclose(returns[i], rewards.sum(), rtol=1e-2)
 
 
+def test_what_a_copy_does_after_its_end_is_not_counted():
+    """Copies told to end after 2, 5 and 8 steps go on and are rewarded, but only those steps are counted and seen."""
+    model, env, data, args = setup("HalfCheetah-v5", 3, num_episodes=3)
+    ends, rewards, batches = np.array([2, 5, 8]), [], []
+    model.register_forward_pre_hook(lambda module, inputs: batches.append(len(inputs[1])))
+    step = env.step
+
+    def ending_step(actions):
+        observations, reward, terminated, truncated, infos = step(actions)
+        rewards.append(reward)
+        return observations, reward, terminated | (ends == len(rewards)), truncated, infos
+
+    env.step = ending_step
+    returns, lengths = evaluate(model, env, data, args)
+    assert list(lengths) == [2, 5, 8] and batches == [3, 3, 2, 2, 2, 1, 1, 1]
+    np.testing.assert_allclose(returns, [np.array(rewards)[:end, i].sum() for i, end in enumerate(ends)], rtol=1e-9)
+    assert np.all(np.array(rewards)[-1] != 0)
+
+
 def test_full_length_episodes_and_return_to_go():
     """HalfCheetah never ends early; the return-to-go that the model sees falls by exactly the rewards."""
     model, env, data, args = setup("HalfCheetah-v5", 2, num_episodes=2)

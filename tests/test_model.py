@@ -180,6 +180,12 @@ def test_random_backbones_are_the_papers():
         assert abs(layer.weight.std().item() - 0.02) < 1e-3 and not layer.bias.any()
 
 
+def test_adamw_has_the_papers_epsilon():
+    shape = dict(state_dim=11, act_dim=3, max_timestep=50)
+    epsilons = {backbone: dt.make_model(sample_args(backbone), shape)[3] for backbone in BACKBONES}
+    assert epsilons == {"gpt2": 1e-6, "igpt": 1e-6, "igpt-as-gpt2": 1e-6, "random": 1e-8, "random-gpt2": 1e-8}
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "igpt"])
 def test_module_names_are_the_checkpoints(kind):
     reference = reference_backbone(kind, fresh=False)
