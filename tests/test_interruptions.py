@@ -123,6 +123,7 @@ def test_killed_again_and_again_even_while_saving(whole, tmp_path):
             torch.load(run / "checkpoints" / "latest.pt", weights_only=True)  # whole, whenever it was
             arguments = ["--resume", "runs/whole"]
         process.communicate()
+    print(f"{kills} kills")
     assert kills >= 5
     assert finish(start(tmp_path, *arguments))[0] == 0
     assert same(run, whole) and not list(run.rglob("*.tmp"))
