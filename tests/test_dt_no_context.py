@@ -144,6 +144,13 @@ def test_bad_input_ends_with_one_sentence(arguments, said, run_script, tmp_path)
     assert all(word in errors[0] for word in said) and not (tmp_path / "runs").exists()
 
 
+def test_gap_is_the_size_of_the_change_of_the_mean_over_heads():
+    """One window, two blocks, the second with a single head: block 0 goes from 3 to 2 tokens, block 1 from 5 to 9."""
+    before, after = [[[2.0, 4.0], [5.0, np.nan]]], [[[1.0, 3.0], [9.0, np.nan]]]
+    distances = {0: np.array(before), 4: np.array(after)}
+    np.testing.assert_allclose(dt.gap(distances, 4), [[1.0, 4.0]])
+
+
 def test_moving_average():
     np.testing.assert_allclose(dt.moving_average([1.0, 2.0, 0.0]), [1.0, 1.2, 0.96])
 
