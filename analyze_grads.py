@@ -359,6 +359,17 @@ class DecisionTransformer(nn.Module):
         return torch.tanh(F.linear(hidden[:, :, 1], self.embed_action.weight.T))
 
 
+def rebuild_model(checkpoint, device):
+    """Return the model of a checkpoint that any of the scripts has written, in evaluation mode."""
+    architecture = dict(checkpoint["architecture"])
+    config, blocks = GPTConfig(**architecture.pop("config")), architecture.pop("blocks", {})
+    model = DecisionTransformer(config, **architecture)
+    for index, block_config in blocks.items():  # those that replace the random model's (section 5.6.1)
+        model.transformer.h[index] = Block(GPTConfig(**block_config), index)
+    model.load_state_dict(checkpoint["model"])
+    return model.to(device).eval()
+
+
 # ======================================================================================================================
 # Backbones: where the Transformer starts
 # ======================================================================================================================
@@ -1138,17 +1149,6 @@ def parameter_change(before, after):
 # ======================================================================================================================
 # Analysis: one checkpoint
 # ======================================================================================================================
-def rebuild_model(checkpoint, args):
-    """Return the model of a checkpoint of any of the scripts, with the dropout it was trained with."""
-    architecture = dict(checkpoint["architecture"])
-    config, blocks = GPTConfig(**architecture.pop("config")), architecture.pop("blocks", {})
-    model = DecisionTransformer(config, **architecture)
-    for index, block_config in blocks.items():
-        model.transformer.h[index] = Block(GPTConfig(**block_config), index)
-    model.load_state_dict(checkpoint["model"])
-    return model.to(args.device).train(args.dropout_in_analysis)
-
-
 def analyse(run_folder, epoch, args):
     """Analyse the checkpoint of `epoch` in `run_folder` in float32; returns everything that the figures show."""
     files = [run_folder / "checkpoints" / f"epoch_{e}.pt" for e in (0, epoch)]
@@ -1163,7 +1163,7 @@ def analyse(run_folder, epoch, args):
     starts = torch.randint(len(data.states), (count,), generator=generator).to(args.device)
     torch.manual_seed(args.seed)
     windows = data.windows(starts, own["context_length"])
-    model = rebuild_model(checkpoint, args)
+    model = rebuild_model(checkpoint, args.device).train(args.dropout_in_analysis)
     norms, total, cosines = gradient_statistics(model, windows, args.confusion_windows, args.chunk_size, label)
     norms, total = {name: x[: args.norm_windows] for name, x in norms.items()}, total[: args.norm_windows]
     summary = json.loads((run_folder / "summary.json").read_text())

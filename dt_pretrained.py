@@ -339,6 +339,17 @@ class DecisionTransformer(nn.Module):
         return torch.tanh(F.linear(hidden[:, :, 1], self.embed_action.weight.T))
 
 
+def rebuild_model(checkpoint, device):
+    """Return the model of a checkpoint that any of the scripts has written, in evaluation mode."""
+    architecture = dict(checkpoint["architecture"])
+    config, blocks = GPTConfig(**architecture.pop("config")), architecture.pop("blocks", {})
+    model = DecisionTransformer(config, **architecture)
+    for index, block_config in blocks.items():  # those that replace the random model's (section 5.6.1)
+        model.transformer.h[index] = Block(GPTConfig(**block_config), index)
+    model.load_state_dict(checkpoint["model"])
+    return model.to(device).eval()
+
+
 # ======================================================================================================================
 # Backbones: where the Transformer starts
 # ======================================================================================================================
