@@ -1535,10 +1535,11 @@ def plot_information(results, args):
             for axes, block, depth in zip(panels, blocks, depths):
                 for token, marker in MARKERS.items():
                     points = select(context, block=block, token=token)
-                    values = np.array([a[estimate] for a in points]).reshape(len(points), -1)
+                    if not points:  # without context there is no action before the last one
+                        continue
+                    values = np.array([a[estimate] for a in points])
                     style = dict(color=color_of(r), marker=marker, markersize=5, linewidth=0.6, elinewidth=0.8, capsize=2)
-                    if points:
-                        axes.errorbar([a["step"] - last for a in points], values.mean(1), values.std(1), **style)
+                    axes.errorbar([a["step"] - last for a in points], values.mean(1), values.std(1), **style)
                 control = np.nanmean([a[estimate] for a in select(context, control=True, block=block)])
                 axes.axhline(control, color=color_of(r), linestyle="--", linewidth=1)
                 axes.set_title(
@@ -1675,7 +1676,9 @@ def members(args):
 
 
 def check(args):
-    """Refuse what only this script has and cannot work, before anything is trained."""
+    """Refuse what only this script has and cannot work, before anything is trained; returns the arguments resolved."""
+    if args.mine_paper_settings:
+        args = replace(args, mine_windows=100, mine_batch_size=50, mine_passes=1000)
     if args.epochs and len(args.epochs) != 2:
         stop(f"--epochs takes the two epochs to compare, such as 0 40, but has {len(args.epochs)}.")
     beyond = [] if args.runs else [epoch for epoch in args.epochs if not 0 <= epoch <= args.num_epochs]
@@ -1692,6 +1695,19 @@ def check(args):
     pairs = [read_checkpoints(Path(folder), args.epochs) for folder in args.runs]
     if pairs:
         same_question([after for _, after in pairs])
+    return args
+
+
+def give_up(folders):
+    """Let Ctrl-C or SIGTERM end the analysis with a sentence: the models are trained and kept."""
+
+    def say(number, frame):
+        how = f"python {SCRIPT}.py --runs {' '.join(map(str, folders))}"
+        tqdm.write(f"interrupted; the models are kept, analyse them with: {how}", file=sys.stderr)
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, say)
 
 
 def numbers(results, in_data, args):
@@ -1717,9 +1733,7 @@ if __name__ == "__main__":
         may_change = {name: getattr(args, name) for name in MAY_CHANGE}
         given = {name: tuple(x) if isinstance(x, list) else x for name, x in json.loads(args.study).items()}
         args = Args(**{**given, **may_change})
-    if args.mine_paper_settings:
-        args = replace(args, mine_windows=100, mine_batch_size=50, mine_passes=1000)
-    check(args)
+    args = check(args)
     args.run_name = args.run_name or f"{args.env}__{SCRIPT}__{args.seed}__{int(time.time())}"
     args.save_epochs = tuple(sorted({0, *args.save_epochs, *args.epochs}))
     study = Path(args.resume).parent if args.resume else Path("runs") / args.run_name
@@ -1734,6 +1748,7 @@ if __name__ == "__main__":
                 train(run_args, study / name, read_latest(study / name) if has_latest else None)
         if RANK == 0:
             folders = [study / name for name in runs] or [Path(folder) for folder in args.runs]
+            give_up(folders)
             results, in_data = analyse(folders, analysis_args)
             study.mkdir(parents=True, exist_ok=True)
             content, arrays = numbers(results, in_data, args)
