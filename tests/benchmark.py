@@ -5,13 +5,14 @@
 
 The released way is written out below: transformers' GPT2Model in eager float32, windows cut in Python with the
 return-to-go of the whole rest of the episode recomputed for each, left padding with a mask, a loss read with .item() in
-every step, and one episode at a time in evaluation.
+every step, and one episode at a time in evaluation. The estimators of mutual information of analyze_repr.py are timed
+one at a time, as the released code trains them, and side by side.
 """
 
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +23,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+import analyze_repr as ar  # noqa: E402
 import dt_pretrained as dt  # noqa: E402
 
 
@@ -144,6 +146,22 @@ def median_seconds(step, warmup, repeats, device):
     return float(np.median(times[warmup:]))
 
 
+def mine_seconds(device, count, alone, width, passes):
+    """Seconds per estimator of I(state; T), `alone` of them trained one at a time and `count` side by side."""
+    generator = torch.Generator().manual_seed(0)
+    x = list(torch.randn(4, 2 * ar.Args.mine_windows, 17, generator=generator))
+    t = list(torch.randn(4, 2 * ar.Args.mine_windows, width, generator=generator))
+    seconds = []
+    for number, group in ((alone, 1), (count, count)):
+        args = ar.Args(device=device, mine_repeats=1, mine_passes=passes, mine_group=group)
+        pairs = [(i % 4, i // 4 % 4) for i in range(number)]
+        ar.mutual_information(x, t, pairs[:group], replace(args, mine_passes=1))  # warm-up
+        start = time.perf_counter()
+        ar.mutual_information(x, t, pairs, args)  # ends with the estimates on the CPU
+        seconds.append((time.perf_counter() - start) / number)
+    return seconds
+
+
 def main(options):
     small = options.size == "small"
     args = dt.resolve(
@@ -209,6 +227,10 @@ def main(options):
         _, lengths = dt.evaluate(evaluated, env, data, args, list(range(args.num_eval_episodes)))
     ours_evaluation = (time.perf_counter() - start) / lengths.sum()
     rows.append(("evaluation, one environment step, K = 20", theirs_evaluation * 1e3, ours_evaluation * 1e3, "ms"))
+
+    count, alone, passes = (360, 10, 20) if on_gpu else (12, 3, 5)
+    alone_seconds, together_seconds = mine_seconds(args.device, count, alone, config.n_embd, passes)
+    rows.append((f"MINE, one estimator of {count}, {passes} passes", alone_seconds * 1e3, together_seconds * 1e3, "ms"))
 
     print(f"\n{'median':<42}{'released way':>14}{'ours':>14}{'ratio':>9}")
     for name, theirs, ours, unit in rows:
