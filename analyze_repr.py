@@ -1082,17 +1082,7 @@ def parse_arguments():
 # Activations: what every layer says about a window
 # ======================================================================================================================
 TOKENS = ("return", "state", "action")  # the three tokens of a time step, in their order
-LAYERS = (
-    "ln_1",
-    "attn.c_attn",
-    "attn.c_proj",
-    "attn.resid_dropout",
-    "ln_2",
-    "mlp.c_fc",
-    "mlp.act",
-    "mlp.c_proj",
-    "mlp.dropout",
-)
+LAYERS = "ln_1 attn.c_attn attn.c_proj attn.resid_dropout ln_2 mlp.c_fc mlp.act mlp.c_proj mlp.dropout".split()
 BLOCK_OUTPUT = "mlp.dropout"  # what the paper calls a block's output: before it is added to the residual stream
 
 
@@ -1117,7 +1107,7 @@ def activations(model, windows, wanted, chunk_size=250):
         model(returns_to_go, states, actions, timesteps)
     for hook in hooks:
         hook.remove()
-    return {layer: torch.cat(chunks, dim=1) for layer, chunks in parts.items()}
+    return {layer: torch.cat(parts.pop(layer), dim=1) for layer in wanted}
 
 
 def whole_windows(data, context_length):
@@ -1147,7 +1137,7 @@ def gram_matrices(activations_of_layers):
     rows = []
     for x in activations_of_layers:
         x = x.double()
-        x = x - x.mean(0)  # changes no distance between windows, and keeps the digits
+        x = x - x[0]  # changes no distance between windows, keeps the digits, and makes a constant zero
         n, gram = len(x), (x @ x.T).fill_diagonal_(0)
         sums = gram.sum(0)
         gram = gram - (sums[:, None] + sums) / (n - 2) + sums.sum() / ((n - 1) * (n - 2))
@@ -1420,6 +1410,9 @@ def analyse(folders, args):
         result["grams"] = compare_layers(before, after, cka_windows, args) if args.cka_windows else None
         result["information"] = measure_information(after, mine_windows, args, label) if args.mine_windows else []
         results.append(result)
+    labels = [r["label"] for r in results]
+    for r in results:
+        r["name"] = r["label"] if labels.count(r["label"]) == 1 else Path(r["folder"]).name
     return results, in_data
 
 
@@ -1460,7 +1453,7 @@ def plot_cka(results, args):
     for axes, token in zip(figure.subplots(1, 3, sharey=True), TOKENS):
         for r in results:
             values = align(similarity(r, token), num_blocks)
-            axes.plot(depth, values, color=color_of(r), label=r["label"], marker=".", markersize=3, linewidth=1)
+            axes.plot(depth, values, color=color_of(r), label=r["name"], marker=".", markersize=3, linewidth=1)
             axes.plot(depth[norms], values[norms], "D", color=color_of(r), markersize=5)
         axes.axhline(args.cka_threshold, color="black", linestyle="--", linewidth=0.8)
         axes.set(
@@ -1477,13 +1470,13 @@ def plot_cka(results, args):
 def heat_maps(results, token):
     """All CKA matrices of one token by title: each model before and after fine-tuning, and the fine-tuned ones in pairs."""
     maps = {
-        f"{r['label']}, {when}": cka(r["grams"][when, token], r["grams"][when, token])
+        f"{r['name']}, {when}": cka(r["grams"][when, token], r["grams"][when, token])
         for when in ("before", "after")
         for r in results
     }
     pairs = [(a, b) for i, a in enumerate(results) for b in results[i + 1 :]]
     maps |= {
-        f"{a['label']} and {b['label']}, after": cka(a["grams"]["after", token], b["grams"]["after", token]) for a, b in pairs
+        f"{a['name']} and {b['name']}, after": cka(a["grams"]["after", token], b["grams"]["after", token]) for a, b in pairs
     }
     return {name: values.numpy() for name, values in maps.items()}
 
@@ -1549,7 +1542,7 @@ def plot_information(results, args):
     for axes in grid[-1]:
         axes.set_xlabel("time step of the token, 0 the last")
         axes.xaxis.get_major_locator().set_params(integer=True)
-    handles = [axes.plot([], [], color=color_of(r), label=r["label"])[0] for r in results]
+    handles = [axes.plot([], [], color=color_of(r), label=r["name"])[0] for r in results]
     handles += [axes.plot([], [], marker, color="black", label=token)[0] for token, marker in MARKERS.items()]
     handles += axes.plot([], [], "--", color="black", label="control: data shuffled")
     figure.legend(handles=handles, loc="outside lower center", ncols=8, frameon=False)
@@ -1567,7 +1560,7 @@ def plot_no_context(results, args):
                 depth = (np.arange(r["num_blocks"]) + 0.5) / r["num_blocks"]
                 per_block = per_block_information(r, quantity, estimate)
                 mean, spread = np.nanmean(per_block, axis=1), np.nanstd(per_block, axis=1)
-                axes.plot(depth, mean, color=color_of(r), marker="o", markersize=4, label=r["label"])
+                axes.plot(depth, mean, color=color_of(r), marker="o", markersize=4, label=r["name"])
                 axes.fill_between(depth, mean - spread, mean + spread, color=color_of(r), alpha=0.2, linewidth=0)
                 controls = [
                     a[estimate] for a in select(r["information"], control=True, analysis="no context", quantity=quantity)
@@ -1625,7 +1618,7 @@ def above_threshold(result, token, threshold):
 
 def print_findings(results, in_data, args):
     """Print the findings in numbers: CKA and the layers above the threshold, information beside its control."""
-    width = max(len(r["label"]) for r in results) + 2
+    width = max(len(r["name"]) for r in results) + 2
     if args.cka_windows:
         print(
             f"\nCKA before and after fine-tuning, mean over layers (layers above {args.cka_threshold:g}, LayerNorms among them)"
@@ -1635,11 +1628,11 @@ def print_findings(results, in_data, args):
             above = {token: above_threshold(r, token, args.cka_threshold) for token in TOKENS}
             counts = {token: f"({len(names)}, {sum('.ln_' in name for name in names)})" for token, names in above.items()}
             cells = [f"{np.nanmean(similarity(r, token)):.3f} {counts[token]:>9}" for token in TOKENS]
-            print(r["label"].ljust(width) + "".join(f"{cell:>22}" for cell in cells))
+            print(r["name"].ljust(width) + "".join(f"{cell:>22}" for cell in cells))
         for r in results:
             kinds = [name.split(".", 1)[1] for name in above_threshold(r, "state", args.cka_threshold)]
             counts = ", ".join(f"{kind} in {kinds.count(kind)}" for kind in LAYERS if kind in kinds)
-            print(f"{r['label']}, state token, of {r['num_blocks']} blocks above {args.cka_threshold:g}: {counts or 'none'}")
+            print(f"{r['name']}, state token, of {r['num_blocks']} blocks above {args.cka_threshold:g}: {counts or 'none'}")
     if args.mine_windows:
         print("\n" + mine_title(args, "Information in nats") + "; read off " + " / ".join(estimate_names(args).values()))
         print(" " * (width + 8) + "".join(f"{name:>16}" for name in ("shallow", "middle", "deep", "data shuffled")))
@@ -1648,7 +1641,7 @@ def print_findings(results, in_data, args):
                 context = [a for a in r["information"] if a["analysis"] == "context" and a["quantity"] == quantity]
                 blocks = [select(context, block=block) for block in sorted({a["block"] for a in context})]
                 cells = [mean_estimates(answers, args) for answers in (*blocks, select(context, control=True))]
-                print(r["label"].ljust(width) + quantity.ljust(8) + "".join(f"{cell:>16}" for cell in cells))
+                print(r["name"].ljust(width) + quantity.ljust(8) + "".join(f"{cell:>16}" for cell in cells))
         for quantity in ("I(s;a)", "I(R;a)"):
             value, control = (mean_estimates(select(in_data, c, quantity=quantity), args) for c in (False, True))
             print(f"in the data, {quantity}: {value}, data shuffled {control}")

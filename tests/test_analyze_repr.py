@@ -82,7 +82,7 @@ def test_all_layers_at_once_equal_the_formula_pair_by_pair():
 
 
 def test_a_constant_layer_has_no_cka():
-    assert math.isnan(cka_of(torch.ones(20, 3), torch.randn(20, 3)))
+    assert math.isnan(cka_of(torch.full((20, 3), 0.1), torch.randn(20, 3)))
 
 
 @torch.no_grad()
