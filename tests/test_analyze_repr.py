@@ -232,9 +232,9 @@ def test_questions_of_the_paper():
 
 def test_answers_tell_a_dependent_representation_from_its_control():
     generator = torch.Generator().manual_seed(0)
-    args = ar.Args(device="cpu", mine_windows=1000, mine_batch_size=100, mine_repeats=1)
-    windows = [torch.randn(2000, 2, width, generator=generator) for width in (1, 4, 2)]
-    representations = {(0, token, step): torch.randn(2000, 6, generator=generator) for token in ar.TOKENS for step in (0, 1)}
+    args = ar.Args(device="cpu", mine_windows=800, mine_batch_size=80, mine_repeats=1)
+    windows = [torch.randn(1600, 2, width, generator=generator) for width in (1, 4, 2)]
+    representations = {(0, token, step): torch.randn(1600, 6, generator=generator) for token in ar.TOKENS for step in (0, 1)}
     representations[0, "state", 1][:, :4] = windows[1][:, 1] * 5  # T(s_K) knows s_K, in other units, and nothing else
     answers = ar.answer(ar.questions(1, 2, [0, 1]), windows, representations, args, "")
     for a in answers:
@@ -253,6 +253,38 @@ def test_windows_are_whole_and_the_held_out_ones_from_other_episodes():
     assert len(chosen.unique()) == 500 and set(data.episode_ends[chosen].tolist()) <= ends[0]
     with pytest.raises(SystemExit):
         ar.choose(starts, len(starts) + 1, torch.Generator(), "MINE")
+
+
+def test_data_is_shuffled_within_the_halves(monkeypatch):
+    """A control must not see in its held-out half what it was trained on."""
+    seen = {}
+    monkeypatch.setattr(ar, "mutual_information", lambda x, t, pairs, *rest: seen.update(x=x) or np.zeros((2, 1, len(pairs))))
+    windows = [torch.arange(80.0)[:, None, None].expand(80, 1, 1)] * 3
+    representations = {(0, token, 0): torch.zeros(80, 1) for token in ar.TOKENS}
+    ar.answer(ar.questions(1, 1, [0]), windows, representations, ar.Args(mine_windows=40), "")
+    original, shuffled = (x[:, 0] for x in seen["x"])
+    assert torch.equal(shuffled[:40].sort().values, original[:40]) and torch.equal(shuffled[40:].sort().values, original[40:])
+    assert (shuffled == original).float().mean() < 0.2
+
+
+@torch.no_grad()
+def test_representations_are_block_outputs_at_their_tokens(monkeypatch):
+    model, data = model_and_data("gpt2")
+    architecture = dict(config=vars(ar.load_backbone(ar.resolve(ar.Args(backbone="gpt2", sample=True)))[0]))
+    architecture |= dict(state_dim=11, act_dim=3, max_timestep=1000)
+    checkpoint = dict(architecture=architecture, model=model.state_dict())
+    windows = data.windows(torch.arange(6), 3)
+    monkeypatch.setattr(ar, "answer", lambda asked, windows, representations, *rest: representations)
+    representations = ar.measure_information(checkpoint, windows, ar.Args(device="cpu", mine_steps=2), "")
+    x = model.embed(*windows[:4])
+    for block, module in enumerate(model.transformer.h):
+        middle = x + module.attn(module.ln_1(x))
+        output = module.mlp(module.ln_2(middle))
+        x = middle + output
+        for key, position in ((("return", 0), 0), (("state", 0), 1), (("action", 0), 2), (("return", 2), 6), (("state", 2), 7)):
+            if key[0] == "state" or block in (0, 2, 3):
+                torch.testing.assert_close(representations.pop((block, *key)), output[:, position], rtol=1e-4, atol=1e-4)
+    assert not representations
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -289,6 +321,28 @@ def test_train_and_analyse(run_script, tmp_path):
     assert again["runs"] == results["runs"] and again["data"] == results["data"]
     assert all(abs(value - 1) < 1e-9 for r in same["runs"] for values in r["cka"].values() for value in values)
     assert not (tmp_path / "runs" / "c" / "mutual_information.png").exists() and not same["data"]
+
+
+def test_before_after_tokens_and_halves(run_script, tmp_path, monkeypatch):
+    """What `analyse` compares: the right checkpoints at the right tokens, and information on two sets of episodes."""
+    options = [*SIZE[:7], "--learning-rate", "0.02", "--warmup-steps", "0", "--run-name", "a"]
+    assert run_script("dt_pretrained.py", *options, "--backbone", "random").status == 0
+    chosen, asked, choose = [], [], ar.choose
+    monkeypatch.setattr(ar, "choose", lambda *inputs: chosen.append(choose(*inputs)) or chosen[-1])
+    monkeypatch.setattr(ar, "measure_information", lambda checkpoint, *rest: asked.append(checkpoint) or [])
+    monkeypatch.setattr(ar, "measure_information_in_data", lambda *inputs: [])
+    args = ar.resolve(ar.Args(sample=True, device="cpu", mine_windows=300, backbone="random"))
+    (result,), _ = ar.analyse([tmp_path / "runs" / "a"], args)
+    _, data = model_and_data("random")
+    episodes = [set(data.episode_ends[starts].tolist()) for starts in chosen[1:]]
+    assert len(chosen[0]) == 100 and asked[0]["epoch"] == 1 and not episodes[0] & episodes[1]
+    windows, layer = data.windows(chosen[0], 20), 2 * 9 + 4
+    for token, position in (("return", 57), ("state", 58), ("action", 59)):
+        checkpoints = [torch.load(tmp_path / "runs" / "a" / "checkpoints" / f"epoch_{epoch}.pt") for epoch in (0, 1)]
+        models = [ar.rebuild_model(checkpoint, "cpu") for checkpoint in checkpoints]
+        before, after = (ar.activations(model, windows, {"2.ln_2": [position]})["2.ln_2"][0] for model in models)
+        expected = cka_by_its_formula(before, after)
+        assert abs(ar.similarity(result, token)[layer] - expected) < 1e-6 and expected < 0.999
 
 
 def test_without_context_and_one_block(run_script, tmp_path):
