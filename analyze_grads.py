@@ -594,7 +594,7 @@ def read_minari(dataset):
 # ======================================================================================================================
 # Evaluation: all episodes at once
 # ======================================================================================================================
-def make_env(args, num_copies):
+def make_env(args, num_copies, render_mode=None):
     """Return a gymnasium vector environment with `num_copies` of `args.env`."""
     import gymnasium as gym
 
@@ -607,7 +607,7 @@ def make_env(args, num_copies):
     except ImportError:
         pass
     try:
-        env = gym.make_vec(args.env, num_copies, vectorization_mode="sync")
+        env = gym.make_vec(args.env, num_copies, vectorization_mode="sync", render_mode=render_mode)
     except Exception as error:
         stop(f"the environment {args.env} cannot be made: {first_line(error)}")
     for space in (env.single_observation_space, env.single_action_space):
@@ -625,11 +625,12 @@ def action_range(env):
 
 
 @torch.no_grad()
-def evaluate(model, env, data, args, seeds):
+def evaluate(model, env, data, args, seeds, after_step=None):
     """Play one episode in each copy of `env`, started with these seeds and asking for `args.target_return`.
 
     Returns the episodes' undiscounted returns and lengths in steps, both [episodes]. As in the Decision Transformer's
     evaluation, the return-to-go falls by each reward and the model sees the last K steps. A signal cuts it short.
+    `after_step`, if given, is called with the number of every step that has been made.
     """
     model.eval()
     num_episodes, K = env.num_envs, args.context_length
@@ -662,6 +663,8 @@ def evaluate(model, env, data, args, seeds):
         returns_to_go[:, t + 1, 0] = returns_to_go[:, t, 0] - torch.as_tensor(rewards / RETURN_SCALE, device=args.device)
         running &= ~(terminated | truncated)
         bar.update()
+        if after_step:
+            after_step(t)
         if SIGNALS or not running.any():
             break
     bar.close()
@@ -779,7 +782,7 @@ def add_over_processes(metrics):
 # Interruptions: whole files, known failures, checkpoints to go on from
 # ======================================================================================================================
 SIGNALS = []  # SIGINT or SIGTERM, once one has come; the training step under way is finished first
-MAY_CHANGE = ("num_epochs", "save_epochs", "device", "resume")  # arguments that a resumed run may be given anew
+MAY_CHANGE = ("num_epochs", "save_epochs", "capture_video", "device", "resume")  # what a resumed run may be given anew
 
 
 def remember_signal(number, frame):
@@ -1020,6 +1023,8 @@ def train(args, run_folder, latest=None):
             tqdm.write(f"epoch {epoch}: return {returns.mean():.1f} ± {returns.std():.1f}, normalized score {score}")
         if epoch in args.save_epochs or epoch == args.num_epochs:
             save_checkpoint(f"epoch_{epoch}")
+        if epoch and record is max(records[1:], key=lambda record: record["return_mean"]):
+            save_checkpoint("best")
         save_latest()
 
     best = max(records[1:], key=lambda record: record["return_mean"])
@@ -1373,7 +1378,7 @@ def check(args):
 if __name__ == "__main__":
     args, latest = parse_arguments()
     if latest is not None:  # of one of the runs; which ones there are is in the arguments as they were given
-        may_change = {name: getattr(args, name) for name in MAY_CHANGE}
+        may_change = {name: getattr(args, name) for name in MAY_CHANGE if hasattr(args, name)}
         given = {name: tuple(x) if isinstance(x, list) else x for name, x in json.loads(args.study).items()}
         args = Args(**{**given, **may_change})
     check(args)

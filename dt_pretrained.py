@@ -19,6 +19,7 @@ import time
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -94,10 +95,13 @@ class Args:
     """of matrix products, weights are always float32; auto is bf16 where the device computes with it"""
     save_epochs: tuple[int, ...] = (0, 1, 4)
     """epochs after which a checkpoint is kept, 0 being before training; the last is always kept"""
+    capture_video: bool = False
+    """record one evaluation episode of the best and of the last model, best.gif and last.gif in the run folder"""
     run_name: str | None = None
     """folder under runs/; if not given, {env}__{script}__{backbone}__{seed}__{time}"""
     resume: str | None = None
-    """run folder to go on with; its arguments hold, and only --num-epochs, --save-epochs and --device may change"""
+    """run folder to go on with; its arguments hold, and only --num-epochs, --save-epochs, --capture-video and --device may
+    change"""
 
 
 # What --sample changes where the user did not say otherwise.
@@ -574,7 +578,7 @@ def read_minari(dataset):
 # ======================================================================================================================
 # Evaluation: all episodes at once
 # ======================================================================================================================
-def make_env(args, num_copies):
+def make_env(args, num_copies, render_mode=None):
     """Return a gymnasium vector environment with `num_copies` of `args.env`."""
     import gymnasium as gym
 
@@ -587,7 +591,7 @@ def make_env(args, num_copies):
     except ImportError:
         pass
     try:
-        env = gym.make_vec(args.env, num_copies, vectorization_mode="sync")
+        env = gym.make_vec(args.env, num_copies, vectorization_mode="sync", render_mode=render_mode)
     except Exception as error:
         stop(f"the environment {args.env} cannot be made: {first_line(error)}")
     for space in (env.single_observation_space, env.single_action_space):
@@ -605,11 +609,12 @@ def action_range(env):
 
 
 @torch.no_grad()
-def evaluate(model, env, data, args, seeds):
+def evaluate(model, env, data, args, seeds, after_step=None):
     """Play one episode in each copy of `env`, started with these seeds and asking for `args.target_return`.
 
     Returns the episodes' undiscounted returns and lengths in steps, both [episodes]. As in the Decision Transformer's
     evaluation, the return-to-go falls by each reward and the model sees the last K steps. A signal cuts it short.
+    `after_step`, if given, is called with the number of every step that has been made.
     """
     model.eval()
     num_episodes, K = env.num_envs, args.context_length
@@ -642,6 +647,8 @@ def evaluate(model, env, data, args, seeds):
         returns_to_go[:, t + 1, 0] = returns_to_go[:, t, 0] - torch.as_tensor(rewards / RETURN_SCALE, device=args.device)
         running &= ~(terminated | truncated)
         bar.update()
+        if after_step:
+            after_step(t)
         if SIGNALS or not running.any():
             break
     bar.close()
@@ -759,7 +766,7 @@ def add_over_processes(metrics):
 # Interruptions: whole files, known failures, checkpoints to go on from
 # ======================================================================================================================
 SIGNALS = []  # SIGINT or SIGTERM, once one has come; the training step under way is finished first
-MAY_CHANGE = ("num_epochs", "save_epochs", "device", "resume")  # arguments that a resumed run may be given anew
+MAY_CHANGE = ("num_epochs", "save_epochs", "capture_video", "device", "resume")  # what a resumed run may be given anew
 
 
 def remember_signal(number, frame):
@@ -1000,6 +1007,8 @@ def train(args, run_folder, latest=None):
             tqdm.write(f"epoch {epoch}: return {returns.mean():.1f} ± {returns.std():.1f}, normalized score {score}")
         if epoch in args.save_epochs or epoch == args.num_epochs:
             save_checkpoint(f"epoch_{epoch}")
+        if epoch and record is max(records[1:], key=lambda record: record["return_mean"]):
+            save_checkpoint("best")
         save_latest()
 
     best = max(records[1:], key=lambda record: record["return_mean"])
@@ -1084,14 +1093,62 @@ def plot_learning_curve(records, history, args):
 
 
 # ======================================================================================================================
+# Video: one episode of the best and of the last model
+# ======================================================================================================================
+def make_camera(args):
+    """Return one environment that can be rendered, without a screen too; says what is missing before anything is trained."""
+    if sys.platform == "linux" and not {"MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ):
+        os.environ["MUJOCO_GL"] = "egl"
+    env = make_env(args, 1, render_mode="rgb_array")
+    try:
+        env.reset(seed=[args.seed])
+        env.render()
+    except Exception as error:
+        stop(
+            f"--capture-video cannot render {args.env} here with MUJOCO_GL={os.environ.get('MUJOCO_GL')} ({first_line(error)}); "
+            "install EGL (Debian: libegl1), or OSMesa (libosmesa6) and set MUJOCO_GL=osmesa, or leave --capture-video out."
+        )
+    return env
+
+
+def capture_videos(run_folder, args):
+    """Play the first evaluation episode with the best and the last model; keep it as best.gif, last.gif and in TensorBoard."""
+    import imageio.v3 as imageio
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from torch.utils.tensorboard import SummaryWriter
+
+    env = make_camera(args)
+    every = max(1, round(env.metadata["render_fps"] / 25))  # steps from one frame to the next
+    for name, file in (("best", "best"), ("last", f"epoch_{args.num_epochs}")):
+        checkpoint = torch.load(run_folder / "checkpoints" / f"{file}.pt", map_location=args.device, weights_only=True)
+        normalization = SimpleNamespace(state_mean=checkpoint["state_mean"], state_std=checkpoint["state_std"])
+        frames = []
+        keep = lambda t: t % every or frames.append(env.render()[0][::2, ::2])  # noqa: E731
+        with autocast(args):
+            evaluate(rebuild_model(checkpoint, args.device), env, normalization, args, [args.seed], keep)
+        milliseconds = 1000 * every / env.metadata["render_fps"]
+        gif = imageio.imwrite("<bytes>", np.stack(frames), extension=".gif", duration=milliseconds, loop=0)
+        save(run_folder / f"{name}.gif", lambda file: file.write(gif))
+        height, width, _ = frames[0].shape
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
+        with SummaryWriter(run_folder) as writer:
+            writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=f"video/{name}", image=image)]), checkpoint["step"])
+    env.close()
+
+
+# ======================================================================================================================
 # Experiment
 # ======================================================================================================================
 if __name__ == "__main__":
     args, latest = parse_arguments()
     args = resolve(args)
     run_folder = Path(args.resume or f"runs/{args.run_name}")
+    if args.capture_video and RANK == 0:
+        make_camera(args).close()
     with processes(), explained(args):
         summary, history = train(args, run_folder, latest)
         if RANK == 0:
             save_figure(plot_learning_curve(summary["epochs"], history, args), run_folder, "learning_curve", summary["steps"])
+            if args.capture_video:
+                capture_videos(run_folder, args)
             print(f"\n{run_folder}: summary.json, learning_curve.png, checkpoints/; or: tensorboard --logdir runs")

@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ORIGINAL = "dt_pretrained.py"
 COPIES = ("dt_no_context.py", "analyze_grads.py", "analyze_repr.py")
-SHARED = ("Defaults", "Model", "Backbones", "Data", "Evaluation", "Training", "Interruptions", "Run")
+SHARED = ("Defaults", "Model", "Backbones", "Data", "Evaluation", "Training", "Interruptions", "Run", "Video")
 BANNER = re.compile(r"^# ={118}\n# (.+)\n# ={118}\n", re.MULTILINE)
 
 

@@ -20,7 +20,10 @@ def test_shared_sections_have_not_drifted(name):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_shared_section_is_there_and_in_order(name):
     _, sections = shared_sections.split((ROOT / name).read_text())
-    assert [title for title in sections if title in shared_sections.SHARED] == list(shared_sections.SHARED)
+    trains_only = not name.startswith("analyze_")  # the others record no video
+    assert [title for title in sections if title in shared_sections.SHARED] == list(
+        shared_sections.SHARED[: None if trains_only else -1]
+    )
     assert list(sections)[0] == "Arguments" and list(sections)[-1] == "Experiment"
 
 
