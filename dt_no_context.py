@@ -616,17 +616,16 @@ def make_env(args, num_copies, render_mode=None):
     import gymnasium as gym
 
     warnings.filterwarnings("ignore", message=".*is out of date.*")  # -v4 is what the paper used
-    try:
+    with contextlib.suppress(Exception):  # what is wrong with mujoco, making the environment will say
         import mujoco
 
         # HalfCheetah's model file sets off a deprecation warning for every copy; anything else should be seen.
         mujoco.set_mju_user_warning(lambda text: "deprecated" in text or print(f"mujoco: {text}", file=sys.stderr))
-    except ImportError:
-        pass
     try:
         env = gym.make_vec(args.env, num_copies, vectorization_mode="sync", render_mode=render_mode)
     except Exception as error:
-        stop(f"the environment {args.env} cannot be made: {first_line(error)}")
+        renderer = f"; MUJOCO_GL={os.environ['MUJOCO_GL']} may be why" if "MUJOCO_GL" in os.environ else ""
+        stop(f"the environment {args.env} cannot be made ({first_line(error)}{renderer}).")
     for space in (env.single_observation_space, env.single_action_space):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             stop(f"{args.env} has the space {space}; only environments with flat Box spaces can be used.")

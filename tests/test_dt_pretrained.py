@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ASSETS, ROOT, TINY
+from PIL import Image
 
 import dt_pretrained as dt
 
@@ -226,3 +227,46 @@ def test_unreachable_hub_is_said_without_retries(arguments, said, tmp_path):
     errors = [line for line in result.stderr.splitlines() if not line.startswith("warning: ")]
     assert result.returncode == 2 and len(errors) == 1 and "Traceback" not in result.stderr, result.stderr
     assert all(word in errors[0] for word in said) and not (tmp_path / "runs").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Video
+# ---------------------------------------------------------------------------------------------------------------
+def can_render():
+    program = "import gymnasium as gym; env = gym.make('Hopper-v5', render_mode='rgb_array'); env.reset(); env.render()"
+    environment = os.environ | {"MUJOCO_GL": os.environ.get("MUJOCO_GL", "egl")}
+    return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("script", ["dt_pretrained.py", "dt_no_context.py"])
+def test_videos_of_the_best_and_the_last_model(script, run_script, tmp_path, monkeypatch):
+    if not can_render():
+        pytest.skip("nothing to render with here, EGL is missing")
+    monkeypatch.setenv("MUJOCO_GL", os.environ.get("MUJOCO_GL", "egl"))
+    size = ["--sample", "--backbone", "random", *TINY, "--seed", "3", "--capture-video", "--run-name", "a"]
+    result = run_script(script, *size)
+    assert result.status == 0, result.err
+    folder = tmp_path / "runs" / "a"
+    summary = json.loads((folder / "summary.json").read_text())
+    best, last = (torch.load(folder / "checkpoints" / f"{name}.pt") for name in ("best", "epoch_2"))
+    assert best["epoch"] == summary["best_epoch"] and last["epoch"] == 2
+    for name in ("best", "last"):
+        with Image.open(folder / f"{name}.gif") as video:
+            assert video.size == (240, 240) and video.info["duration"] == 40 and video.n_frames > 1
+            first = np.asarray(video.convert("RGB"), dtype=int)
+            video.seek(video.n_frames - 1)
+            assert np.abs(np.asarray(video.convert("RGB"), dtype=int) - first).max() > 50  # something moves
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder)).Reload()
+    assert {"video/best", "video/last"} <= set(events.Tags()["images"])
+    assert events.Images("video/last")[0].encoded_image_string == (folder / "last.gif").read_bytes()
+
+
+def test_where_nothing_can_be_rendered_it_says_so_before_training(tmp_path):
+    """In a process of its own, because a renderer is chosen once."""
+    command = [sys.executable, str(ROOT / "dt_pretrained.py"), "--sample", "--capture-video", "--run-name", "a"]
+    environment = os.environ | {"MUJOCO_GL": "nonsense"}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 2 and "MUJOCO_GL" in result.stderr and not (tmp_path / "runs").exists()
+    assert "Traceback" not in result.stderr and len([x for x in result.stderr.splitlines() if x.startswith("error:")]) == 1
