@@ -1374,6 +1374,18 @@ def check(args):
         checkpoints_of(Path(folder), args.epochs)
 
 
+def give_up(folders):
+    """Let Ctrl-C or SIGTERM end the analysis with a sentence: the models are trained and kept."""
+
+    def say(number, frame):
+        how = f"python {SCRIPT}.py --runs {' '.join(map(str, folders))}"
+        tqdm.write(f"interrupted; the models are kept, analyse them with: {how}", file=sys.stderr)
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, say)
+
+
 if __name__ == "__main__":
     args, latest = parse_arguments()
     if latest is not None:  # of one of the runs; which ones there are is in the arguments as they were given
@@ -1395,6 +1407,7 @@ if __name__ == "__main__":
                 train(run_args, study / name, read_latest(study / name) if has_latest else None)
         if RANK == 0:
             folders = [study / name for name in runs] or [Path(folder) for folder in args.runs]
+            give_up(folders)
             checkpoints = [pair for folder in folders for pair in checkpoints_of(folder, args.epochs)]
             bar = tqdm(checkpoints, desc="analysis", unit="checkpoint")
             results = [analyse(folder, epoch, analysis_args) for folder, epoch in bar]
