@@ -120,7 +120,7 @@ def test_align():
 # ---------------------------------------------------------------------------------------------------------------
 def gaussians(dimensions, rho, count):
     """x and t [count, dimensions] with correlation rho per dimension, and their mutual information in nats."""
-    generator = torch.Generator().manual_seed(dimensions)
+    generator = torch.Generator().manual_seed(2)
     x, noise = torch.randn(2, count, dimensions, generator=generator)
     return x, rho * x + (1 - rho**2) ** 0.5 * noise, -0.5 * dimensions * math.log(1 - rho**2)
 
@@ -143,9 +143,9 @@ def test_gaussians_have_the_information_of_the_closed_form(dimensions, rhos):
 
 def test_the_papers_settings_cannot_tell_dependence_from_none():
     settings = dict(mine_windows=100, mine_batch_size=50, mine_passes=1000, mine_paper_settings=True, mine_repeats=1)
-    held_out, training, truth = estimate([(10, 0), (10, 0.6)], **settings)
-    print(f"training {training[0].round(2)}, held out {held_out[0].round(2)}, truth {np.round(truth, 2)}")
-    assert training[0, 0] > 3 and abs(training[0, 1] - training[0, 0]) < 0.5 < 2 < truth[1] - truth[0]
+    held_out, training, truth = estimate([(10, rho) for rho in (0, 0.3, 0.6)], **settings)
+    print(f"paper's settings: training {training[0].round(2)}, held out {held_out[0].round(2)}, truth {np.round(truth, 2)}")
+    assert training[0].min() > 3 and np.ptp(training[0]) < 0.7 < 2 < truth[2] - truth[0]
     assert held_out[0, 0] < -1
 
 
