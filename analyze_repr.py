@@ -1347,7 +1347,7 @@ def read_checkpoints(folder, epochs):
         path = folder / "checkpoints" / f"epoch_{epoch}.pt"
         if not path.exists():
             stop(f"{folder} cannot be analysed, it has no checkpoint of epoch {epoch}; train it with --save-epochs 0 {epoch}.")
-        found.append(torch.load(path, map_location="cpu", weights_only=True))
+        found.append(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     return found
 
 

@@ -66,7 +66,9 @@ def score_table(folders):
         if len({run["steps"] for run in runs}) > 1:
             raise SystemExit(f"error: the runs of {backbone} on {env} with K = {K} differ in length; give those of one length.")
         if len({run["seed"] for run in runs}) < len(runs):
-            raise SystemExit(f"error: there are two runs of {backbone} on {env} with K = {K} and the same seed; give one of them.")
+            raise SystemExit(
+                f"error: there are two runs of {backbone} on {env} with K = {K} and the same seed; give one of them."
+            )
         paper = PAPER.get((env.rsplit("-v", 1)[0], K), {}).get(backbone)
         rows.append(
             (

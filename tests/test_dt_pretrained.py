@@ -54,7 +54,13 @@ def test_run_leaves_everything_that_was_promised(run_script, tmp_path):
         assert 0 < record["loss"] < 4 and 0 <= record["clipped_fraction"] <= 1 and 0 <= record["saturated_fraction"] <= 1
     scores = [r["normalized_score"] for r in summary["epochs"]]
     assert summary["best_normalized_score"] == max(scores[1:]) and summary["final_normalized_score"] == scores[-1]
-    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["epoch_0.pt", "epoch_1.pt", "epoch_2.pt", "latest.pt"]
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [
+        "best.pt",
+        "epoch_0.pt",
+        "epoch_1.pt",
+        "epoch_2.pt",
+        "latest.pt",
+    ]
     assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert "best" in result.out and "| mean over the last quarter" not in result.err
 
