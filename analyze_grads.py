@@ -58,8 +58,7 @@ class Args:
     """windows whose gradients are computed at the same time; changes memory, not results"""
 
     env: str = "Hopper-v4"
-    """gymnasium environment: Hopper, HalfCheetah or Walker2d, -v4 or -v5; any other one with flat Box spaces needs
-    --dataset and --target-return"""
+    """gymnasium environment: Hopper, HalfCheetah or Walker2d, -v4 or -v5; another one needs --dataset and --target-return"""
     dataset: str | None = None
     """Minari id, folder of a Minari data set, or D4RL .hdf5 file; if not given, mujoco/{hopper,halfcheetah,walker2d}/medium-v0"""
     sample: bool = False
@@ -111,7 +110,7 @@ class Args:
     run_name: str | None = None
     """folder under runs/; if not given, {env}__{script}__{backbone}__{seed}__{time}"""
     resume: str | None = None
-    """run folder to go on with; its arguments hold, and only --num-epochs, --save-epochs and --device may change"""
+    """run folder to go on with; its arguments hold, but for --num-epochs, --save-epochs, and --device"""
 
     backbone: tyro.conf.Suppress[str] = "random"
     """which of the backbones is being trained; set by the script"""

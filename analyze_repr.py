@@ -49,7 +49,7 @@ class Args:
     cka_windows: int = 100
     """windows on which activations are compared; 0 leaves CKA out"""
     cka_threshold: float = 0.23
-    """layers whose CKA before and after fine-tuning is above this are listed by name"""
+    """layers whose CKA before and after fine-tuning is above this are listed"""
     mine_windows: int = 5000
     """windows to train the estimators of mutual information on, and as many held-out ones; 0 leaves MINE out"""
     mine_batch_size: int = 500
@@ -63,12 +63,10 @@ class Args:
     mine_group: int = 400
     """estimators trained side by side; changes memory, not results"""
     mine_paper_settings: bool = False
-    """100 windows, batches of 50, 1,000 passes, raw activations, estimates read off the training windows: memorization counts
-    as information"""
+    """100 windows, batches of 50, 1,000 passes, raw inputs, read off the training windows: memorization counts as well"""
 
     env: str = "Hopper-v4"
-    """gymnasium environment: Hopper, HalfCheetah or Walker2d, -v4 or -v5; any other one with flat Box spaces needs
-    --dataset and --target-return"""
+    """gymnasium environment: Hopper, HalfCheetah or Walker2d, -v4 or -v5; another one needs --dataset and --target-return"""
     dataset: str | None = None
     """Minari id, folder of a Minari data set, or D4RL .hdf5 file; if not given, mujoco/{hopper,halfcheetah,walker2d}/medium-v0"""
     sample: bool = False
@@ -122,7 +120,7 @@ class Args:
     run_name: str | None = None
     """folder under runs/; if not given, {env}__{script}__{backbone}__{seed}__{time}"""
     resume: str | None = None
-    """run folder to go on with; its arguments hold, and only --num-epochs, --save-epochs and --device may change"""
+    """run folder to go on with; its arguments hold, but for --num-epochs, --save-epochs, and --device"""
 
     backbone: tyro.conf.Suppress[str] = "random"
     """which of the backbones is being trained; set by the script"""

@@ -43,8 +43,7 @@ class Args:
     """gpt2, igpt, igpt-as-gpt2 (the released code's way of loading ImageGPT), random (1 head, ReLU, as in the paper),
     random-gpt2 (GPT-2's architecture), any hub id of a GPT-2 or ImageGPT checkpoint, or a local folder of one"""
     env: str = "Hopper-v4"
-    """gymnasium environment: Hopper, HalfCheetah or Walker2d, -v4 or -v5; any other one with flat Box spaces needs
-    --dataset and --target-return"""
+    """gymnasium environment: Hopper, HalfCheetah or Walker2d, -v4 or -v5; another one needs --dataset and --target-return"""
     dataset: str | None = None
     """Minari id, folder of a Minari data set, or D4RL .hdf5 file; if not given, mujoco/{hopper,halfcheetah,walker2d}/medium-v0"""
     sample: bool = False
@@ -100,8 +99,7 @@ class Args:
     run_name: str | None = None
     """folder under runs/; if not given, {env}__{script}__{backbone}__{seed}__{time}"""
     resume: str | None = None
-    """run folder to go on with; its arguments hold, and only --num-epochs, --save-epochs, --capture-video and --device may
-    change"""
+    """run folder to go on with; its arguments hold, but for --num-epochs, --save-epochs, --capture-video and --device"""
 
 
 # What --sample changes where the user did not say otherwise.
