@@ -110,7 +110,7 @@ class Args:
     run_name: str | None = None
     """folder under runs/; if not given, {env}__{script}__{backbone}__{seed}__{time}"""
     resume: str | None = None
-    """run folder to go on with; its arguments hold, but for --num-epochs, --save-epochs, and --device"""
+    """run folder to go on with; its arguments hold, but for --num-epochs, --save-epochs and --device"""
 
     backbone: tyro.conf.Suppress[str] = "random"
     """which of the backbones is being trained; set by the script"""

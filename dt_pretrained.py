@@ -5,7 +5,7 @@
 
 Paper: S. Takagi, "On the Effect of Pre-training for Transformer in Different Modality on Offline Reinforcement
 Learning", NeurIPS 2022, https://arxiv.org/abs/2211.09817 (section 4, Table 1). The file reads from top to bottom:
-arguments, model, backbones, data, evaluation, records, experiment.
+arguments, model, backbones, data, evaluation, training, experiment; the banners name its sections.
 """
 
 import contextlib
