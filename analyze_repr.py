@@ -1,6 +1,6 @@
 """What the representations keep through fine-tuning, and how much they know of the data.
 
-    python analyze_repr.py --sample                                              # three backbones, five minutes on two cores
+    python analyze_repr.py --sample                                              # three backbones, four minutes on two cores
     python analyze_repr.py --backbones random gpt2 igpt --env Hopper-v4          # fine-tunes each for 40 epochs, as the paper
     python analyze_repr.py --runs runs/EARLIER_RUN runs/ANOTHER --epochs 0 40    # analyses checkpoints instead
 
@@ -70,7 +70,7 @@ class Args:
     dataset: str | None = None
     """Minari id, folder of a Minari data set, or D4RL .hdf5 file; if not given, mujoco/{hopper,halfcheetah,walker2d}/medium-v0"""
     sample: bool = False
-    """run on the small bundled data and backbones, every size that is not set chosen for five minutes on two CPU cores"""
+    """run on the small bundled data and backbones, every size that is not set chosen for four minutes on two CPU cores"""
 
     context_length: int = 20
     """K, the number of time steps that the model sees"""
@@ -1470,17 +1470,16 @@ def plot_cka(results, args):
 
 
 def heat_maps(results, token):
-    """All CKA matrices of one token by title: each model before and after fine-tuning, and the fine-tuned ones in pairs."""
-    maps = {
-        f"{r['name']}, {when}": cka(r["grams"][when, token], r["grams"][when, token])
-        for when in ("before", "after")
-        for r in results
-    }
-    pairs = [(a, b) for i, a in enumerate(results) for b in results[i + 1 :]]
-    maps |= {
-        f"{a['name']} and {b['name']}, after": cka(a["grams"]["after", token], b["grams"]["after", token]) for a, b in pairs
-    }
-    return {name: values.numpy() for name, values in maps.items()}
+    """CKA matrices by title and names of the models in rows and columns: each before and after, the fine-tuned ones in pairs."""
+    maps = {}
+    for when in ("before", "after"):
+        for r in results:
+            maps[f"{r['name']}, {when}", r["name"], r["name"]] = cka(r["grams"][when, token], r["grams"][when, token])
+    for i, a in enumerate(results):
+        for b in results[i + 1 :]:
+            title = f"{a['name']} and {b['name']}, after"
+            maps[title, a["name"], b["name"]] = cka(a["grams"]["after", token], b["grams"]["after", token])
+    return maps
 
 
 def plot_heat_maps(results, args, token):
@@ -1492,10 +1491,9 @@ def plot_heat_maps(results, args, token):
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for unused in axes[len(maps) :]:
         unused.set_axis_off()
-    for panel, (name, values) in zip(axes, maps.items()):
+    for panel, ((title, in_rows, in_columns), values) in zip(axes, maps.items()):
         image = panel.imshow(values, vmin=0, vmax=1, cmap="viridis", origin="lower")
-        x_label, y_label = reversed(name.split(",")[0].split(" and ")) if " and " in name else (name.split(",")[0],) * 2
-        panel.set(title=name, xlabel=f"layer of {x_label}", ylabel=f"layer of {y_label}")
+        panel.set(title=title, xlabel=f"layer of {in_columns}", ylabel=f"layer of {in_rows}")
     figure.colorbar(image, ax=list(axes), label="linear CKA, debiased", shrink=0.5)
     return figure
 
@@ -1537,9 +1535,7 @@ def plot_information(results, args):
                     axes.errorbar([a["step"] - last for a in points], values.mean(1), values.std(1), **style)
                 control = np.nanmean([a[estimate] for a in select(context, control=True, block=block)])
                 axes.axhline(control, color=color_of(r), linestyle="--", linewidth=1)
-                axes.set_title(
-                    f"{depth} block, read off {estimate_names(args)[estimate].split()[0]} windows", fontsize="medium"
-                )
+                axes.set_title(f"{depth} block, read off {estimate_names(args)[estimate]}", fontsize="medium")
         panels[0].set_ylabel(f"{quantity}, nats")
     for axes in grid[-1]:
         axes.set_xlabel("time step of the token, 0 the last")
@@ -1618,38 +1614,40 @@ def above_threshold(result, token, threshold):
     return [name for name, value in zip(layer_names(result["num_blocks"]), similarity(result, token)) if value > threshold]
 
 
-def print_findings(results, in_data, args):
-    """Print the findings in numbers: CKA and the layers above the threshold, information beside its control."""
+def print_similarity(results, args):
+    """Print mean CKA before and after fine-tuning, and which layers are above the threshold."""
     width = max(len(r["name"]) for r in results) + 2
-    if args.cka_windows:
-        print(
-            f"\nCKA before and after fine-tuning, mean over layers (layers above {args.cka_threshold:g}, LayerNorms among them)"
-        )
-        print(" " * width + "".join(f"{token:>22}" for token in TOKENS))
-        for r in results:
-            above = {token: above_threshold(r, token, args.cka_threshold) for token in TOKENS}
-            counts = {token: f"({len(names)}, {sum('.ln_' in name for name in names)})" for token, names in above.items()}
-            cells = [f"{np.nanmean(similarity(r, token)):.3f} {counts[token]:>9}" for token in TOKENS]
-            print(r["name"].ljust(width) + "".join(f"{cell:>22}" for cell in cells))
-        for r in results:
-            kinds = [name.split(".", 1)[1] for name in above_threshold(r, "state", args.cka_threshold)]
-            counts = ", ".join(f"{kind} in {kinds.count(kind)}" for kind in LAYERS if kind in kinds)
-            print(f"{r['name']}, state token, of {r['num_blocks']} blocks above {args.cka_threshold:g}: {counts or 'none'}")
-    if args.mine_windows:
-        print("\n" + mine_title(args, "Information in nats") + "; read off " + " / ".join(estimate_names(args).values()))
-        print(" " * (width + 8) + "".join(f"{name:>16}" for name in ("shallow", "middle", "deep", "data shuffled")))
-        for r in results:
-            for quantity in ("I(X;T)", "I(Y;T)"):
-                context = [a for a in r["information"] if a["analysis"] == "context" and a["quantity"] == quantity]
-                blocks = [select(context, block=block) for block in sorted({a["block"] for a in context})]
-                cells = [mean_estimates(answers, args) for answers in (*blocks, select(context, control=True))]
-                print(r["name"].ljust(width) + quantity.ljust(8) + "".join(f"{cell:>16}" for cell in cells))
-        for quantity in ("I(s;a)", "I(R;a)"):
-            value, control = (mean_estimates(select(in_data, c, quantity=quantity), args) for c in (False, True))
-            print(f"in the data, {quantity}: {value}, data shuffled {control}")
-        answers = [a for r in results for a in r["information"]] + in_data
-        missing = sum(int(np.isnan([a["held_out"], a["training"]]).any(axis=0).sum()) for a in answers)
-        print(f"{missing} of {len(answers) * args.mine_repeats} estimators diverged and are missing.")
+    what = f"layers above {args.cka_threshold:g}, LayerNorms among them"
+    print(f"\nCKA before and after fine-tuning, mean over layers ({what})")
+    print(" " * width + "".join(f"{token:>22}" for token in TOKENS))
+    for r in results:
+        above = {token: above_threshold(r, token, args.cka_threshold) for token in TOKENS}
+        counts = {token: f"({len(names)}, {sum('.ln_' in name for name in names)})" for token, names in above.items()}
+        cells = [f"{np.nanmean(similarity(r, token)):.3f} {counts[token]:>9}" for token in TOKENS]
+        print(r["name"].ljust(width) + "".join(f"{cell:>22}" for cell in cells))
+    for r in results:
+        kinds = [name.split(".", 1)[1] for name in above_threshold(r, "state", args.cka_threshold)]
+        counts = ", ".join(f"{kind} in {kinds.count(kind)}" for kind in LAYERS if kind in kinds)
+        print(f"{r['name']}, state token, of {r['num_blocks']} blocks above {args.cka_threshold:g}: {counts or 'none'}")
+
+
+def print_information(results, in_data, args):
+    """Print both estimates per model and block beside those of shuffled data, and how many estimators diverged."""
+    width = max(len(r["name"]) for r in results) + 2
+    print("\n" + mine_title(args, "Information in nats") + "; read off " + " / ".join(estimate_names(args).values()))
+    print(" " * (width + 8) + "".join(f"{name:>16}" for name in ("shallow", "middle", "deep", "data shuffled")))
+    for r in results:
+        for quantity in ("I(X;T)", "I(Y;T)"):
+            context = [a for a in r["information"] if a["analysis"] == "context" and a["quantity"] == quantity]
+            blocks = [select(context, block=block) for block in sorted({a["block"] for a in context})]
+            cells = [mean_estimates(answers, args) for answers in (*blocks, select(context, control=True))]
+            print(r["name"].ljust(width) + quantity.ljust(8) + "".join(f"{cell:>16}" for cell in cells))
+    for quantity in ("I(s;a)", "I(R;a)"):
+        value, control = (mean_estimates(select(in_data, c, quantity=quantity), args) for c in (False, True))
+        print(f"in the data, {quantity}: {value}, data shuffled {control}")
+    answers = [a for r in results for a in r["information"]] + in_data
+    missing = sum(int(np.isnan([a["held_out"], a["training"]]).any(axis=0).sum()) for a in answers)
+    print(f"{missing} of {len(answers) * args.mine_repeats} estimators diverged and are missing.")
 
 
 def mean_estimates(answers, args):
@@ -1716,7 +1714,7 @@ def numbers(results, in_data, args):
             run["above_threshold"] = {token: above_threshold(r, token, args.cka_threshold) for token in TOKENS}
         runs.append(run)
     if args.cka_windows:
-        arrays = {f"{token}: {name}": x for token in TOKENS for name, x in heat_maps(results, token).items()}
+        arrays = {f"{token}: {title}": x.numpy() for token in TOKENS for (title, *_), x in heat_maps(results, token).items()}
     content = dict(args=asdict(args), runs=runs, data=in_data)
     as_lists = json.dumps(content, default=lambda array: array.tolist())
     return json.loads(as_lists, parse_constant=lambda name: None), arrays  # JSON has no NaN
@@ -1744,6 +1742,7 @@ if __name__ == "__main__":
         if RANK == 0:
             folders = [study / name for name in runs] or [Path(folder) for folder in args.runs]
             give_up(folders)
+            warnings.filterwarnings("ignore", "Mean of empty slice|Degrees of freedom")  # where every estimate is missing
             results, in_data = analyse(folders, analysis_args)
             study.mkdir(parents=True, exist_ok=True)
             content, arrays = numbers(results, in_data, args)
@@ -1752,5 +1751,8 @@ if __name__ == "__main__":
                 save(study / "cka.npz", lambda file: np.savez(file, **arrays))
             for name, figure in figures(results, in_data, args).items():
                 save_figure(figure, study, name, max(r["epochs"][1] for r in results))
-            print_findings(results, in_data, args)
+            if args.cka_windows:
+                print_similarity(results, args)
+            if args.mine_windows:
+                print_information(results, in_data, args)
             print(f"\n{study}: results.json, cka.npz and the figures; or: tensorboard --logdir runs")
