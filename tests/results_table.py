@@ -146,14 +146,13 @@ def representation_tables(folders):
                 others = [value for name, value in zip(run["layers"], run["cka"]["state"]) if ".ln_" not in name]
                 means = [f"{np.mean(run['cka'][token]):.2f}" for token in ("return", "state", "action")]
                 similarity.append((f"`{run['name']}`", *means, f"{np.mean(norms):.2f}", f"{np.mean(others):.2f}"))
-            for quantity in ("I(X;T)", "I(Y;T)"):
-                context = [a for a in run["information"] if a["analysis"] == "context" and a["quantity"] == quantity]
-                columns = [
-                    [a for a in context if a["block"] == b and not a["control"]] for b in sorted({a["block"] for a in context})
-                ]
-                columns.append([a for a in context if a["control"]])
-                if context:
-                    information.append((settings, quantity, f"`{run['name']}`", *map(both_estimates, columns)))
+        for quantity, run in ((quantity, run) for quantity in ("I(X;T)", "I(Y;T)") for run in results["runs"]):
+            context = [a for a in run["information"] if a["analysis"] == "context" and a["quantity"] == quantity]
+            blocks = sorted({a["block"] for a in context})
+            columns = [[a for a in context if a["block"] == b and not a["control"]] for b in blocks]
+            columns.append([a for a in context if a["control"]])
+            if context:
+                information.append((settings, quantity, f"`{run['name']}`", *map(both_estimates, columns)))
         for quantity in ("I(s;a)", "I(R;a)"):
             of_data = [a for a in results["data"] if a["quantity"] == quantity]
             columns = [[a for a in of_data if a["control"] == control] for control in (False, True)]
