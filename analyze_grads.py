@@ -1,6 +1,6 @@
 """Who owns the gradient, what clipping does to it, and how far the parameters move.
 
-    python analyze_grads.py --sample                                              # three backbones, three minutes on two cores
+    python analyze_grads.py --sample                                              # three backbones, two minutes on two cores
     python analyze_grads.py --backbones random gpt2 igpt --env Hopper-v4          # fine-tunes each for one epoch, as the paper
     python analyze_grads.py --runs runs/EARLIER_RUN runs/ANOTHER --epochs 1 40    # analyses checkpoints instead
 
@@ -62,7 +62,7 @@ class Args:
     dataset: str | None = None
     """Minari id, folder of a Minari data set, or D4RL .hdf5 file; if not given, mujoco/{hopper,halfcheetah,walker2d}/medium-v0"""
     sample: bool = False
-    """run on the small bundled data and backbones, every size that is not set chosen for three minutes on two CPU cores"""
+    """run on the small bundled data and backbones, every size that is not set chosen for two minutes on two CPU cores"""
 
     context_length: int = 20
     """K, the number of time steps that the model sees"""
