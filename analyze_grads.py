@@ -1008,10 +1008,10 @@ def train(args, run_folder, latest=None):
         end_if_interrupted()
         eval_seconds += time.perf_counter() - started
         returns, lengths = (np.concatenate(part) for part in zip(*results))
-        record = {"epoch": epoch, "step": step}
+        record = dict(epoch=epoch, step=step)
         record |= {name: value if epoch else None for name, value in zip(METRICS, metrics.double().mean(0).tolist())}
         record |= dict(return_mean=float(returns.mean()), return_std=float(returns.std()), length_mean=float(lengths.mean()))
-        record |= dict(normalized_score=normalized_score(args.env, float(returns.mean())))
+        record["normalized_score"] = normalized_score(args.env, record["return_mean"])
         records.append(record)
         if RANK == 0:
             for name in ("return_mean", "return_std", "length_mean", "normalized_score"):
@@ -1256,10 +1256,9 @@ def plot_sets(results, args, what, panels):
     Backbones without some of the sets, such as ImageGPT's LayerNorm biases, leave their places empty.
     """
     figure = new_figure(results, args, what, 15, 3 * len(panels) + 0.8)
-    order = list(
-        dict.fromkeys(name for r in results for name in max((r["set_norms"] for r in results), key=len) | r["set_norms"])
-    )
-    place = {name: i for i, name in enumerate(sorted(order, key=lambda name: int(name.split(".")[0])))}
+    by_size = sorted((r["set_norms"] for r in results), key=len, reverse=True)  # the fullest model gives the order
+    names = sorted(dict.fromkeys(name for norms in by_size for name in norms), key=lambda name: int(name.split(".")[0]))
+    place = {name: i for i, name in enumerate(names)}
     for axes, (label, panel_title, bars) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels):
         width = 0.8 / len(bars)
         for i, (result, values) in enumerate(bars):

@@ -1017,10 +1017,10 @@ def train(args, run_folder, latest=None):
         end_if_interrupted()
         eval_seconds += time.perf_counter() - started
         returns, lengths = (np.concatenate(part) for part in zip(*results))
-        record = {"epoch": epoch, "step": step}
+        record = dict(epoch=epoch, step=step)
         record |= {name: value if epoch else None for name, value in zip(METRICS, metrics.double().mean(0).tolist())}
         record |= dict(return_mean=float(returns.mean()), return_std=float(returns.std()), length_mean=float(lengths.mean()))
-        record |= dict(normalized_score=normalized_score(args.env, float(returns.mean())))
+        record["normalized_score"] = normalized_score(args.env, record["return_mean"])
         records.append(record)
         if RANK == 0:
             for name in ("return_mean", "return_std", "length_mean", "normalized_score"):

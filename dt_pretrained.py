@@ -991,10 +991,10 @@ def train(args, run_folder, latest=None):
         end_if_interrupted()
         eval_seconds += time.perf_counter() - started
         returns, lengths = (np.concatenate(part) for part in zip(*results))
-        record = {"epoch": epoch, "step": step}
+        record = dict(epoch=epoch, step=step)
         record |= {name: value if epoch else None for name, value in zip(METRICS, metrics.double().mean(0).tolist())}
         record |= dict(return_mean=float(returns.mean()), return_std=float(returns.std()), length_mean=float(lengths.mean()))
-        record |= dict(normalized_score=normalized_score(args.env, float(returns.mean())))
+        record["normalized_score"] = normalized_score(args.env, record["return_mean"])
         records.append(record)
         if RANK == 0:
             for name in ("return_mean", "return_std", "length_mean", "normalized_score"):
@@ -1115,7 +1115,7 @@ def capture_videos(run_folder, args):
     from torch.utils.tensorboard import SummaryWriter
 
     env = make_camera(args)
-    every = max(1, round(env.metadata["render_fps"] / 25))  # steps from one frame to the next
+    every = max(1, round(env.metadata.get("render_fps", 30) / 25))  # steps from one frame to the next
     for name, file in (("best", "best"), ("last", f"epoch_{args.num_epochs}")):
         checkpoint = torch.load(run_folder / "checkpoints" / f"{file}.pt", map_location=args.device, weights_only=True)
         normalization = SimpleNamespace(state_mean=checkpoint["state_mean"], state_std=checkpoint["state_std"])
@@ -1123,7 +1123,7 @@ def capture_videos(run_folder, args):
         keep = lambda t: t % every or frames.append(env.render()[0][::2, ::2])  # noqa: E731
         with autocast(args):
             evaluate(rebuild_model(checkpoint, args.device), env, normalization, args, [args.seed], keep)
-        milliseconds = 1000 * every / env.metadata["render_fps"]
+        milliseconds = 1000 * every / env.metadata.get("render_fps", 30)
         gif = imageio.imwrite("<bytes>", np.stack(frames), extension=".gif", duration=milliseconds, loop=0)
         save(run_folder / f"{name}.gif", lambda file: file.write(gif))
         height, width, _ = frames[0].shape

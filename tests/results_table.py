@@ -113,11 +113,29 @@ def block_table(folders):
     return markdown(("model", "seeds", "loss of epoch 2", "last loss", "best score"), rows)
 
 
+def gradient_results(folders, clipping):
+    """What analyze_grads.py found, in studies of clipping (of several thresholds) or in the others."""
+    studies = [results for results in read(folders, "results.json").values() if isinstance(results, list)]
+    return [study for study in studies if (len({r["max_grad_norm"] for r in study}) > 1) == clipping]
+
+
+def clipping_table(folders):
+    """App. G.3: with and without clipping."""
+    rows = []
+    for r in sum(gradient_results(folders, clipping=True), []):
+        records = r["records"][1:]
+        losses = " → ".join(f"{record['loss']:.3f}" for record in records)
+        clip = f"{r['max_grad_norm']:g}" if r["max_grad_norm"] else "none"
+        scores = [f"{function(record['normalized_score'] for record in records):.1f}" for function in (max, lambda x: [*x][-1])]
+        rows.append((f"`{r['label']}`", clip, f"{records[-1]['step']:,}", losses, *scores))
+    return markdown(("backbone", "clipping at", "steps", "loss per epoch", "best score", "last score"), rows)
+
+
 def gradient_table(folders):
     """Sections 5.3 and 5.4."""
     rows = []
-    for results in read(folders, "results.json").values():
-        for r in results if isinstance(results, list) else []:
+    for results in gradient_results(folders, clipping=False):
+        for r in results:
             norms = sum(share for name, share in r["set_shares"].items() if ".ln_" in name)
             first = sum(share for name, share in r["set_shares"].items() if name.startswith("0.ln_1."))
             rows.append(
@@ -173,7 +191,12 @@ def both_estimates(answers):
 def main(args):
     similarity, information = representation_tables(args.folders)
     tables = dict(scores=score_table(args.folders), attention=attention_table(args.folders), blocks=block_table(args.folders))
-    tables |= dict(gradients=gradient_table(args.folders), similarity=similarity, information=information)
+    tables |= dict(
+        gradients=gradient_table(args.folders),
+        clipping=clipping_table(args.folders),
+        similarity=similarity,
+        information=information,
+    )
     text = args.readme.read_text() if args.readme else ""
     for name, table in tables.items():
         if table.count("\n") == 1:

@@ -49,5 +49,5 @@ def test_a_readme_is_filled_between_its_marks(tmp_path, capsys):
 
 def test_the_readme_has_a_place_for_every_table():
     text = (ROOT / "README.md").read_text()
-    for name in ("scores", "attention", "blocks", "gradients", "similarity", "information"):
+    for name in ("scores", "attention", "blocks", "gradients", "clipping", "similarity", "information"):
         assert text.count(f"<!-- table: {name} -->\n") == 1
