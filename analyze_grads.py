@@ -12,6 +12,7 @@ Analysis, Figures and Experiment.
 
 import contextlib
 import errno
+import itertools
 import json
 import math
 import os
@@ -197,12 +198,14 @@ def resolve(args):
     elif Path(args.backbone).is_dir():
         args.backbone = str(Path(args.backbone).resolve())
     if args.run_name is None:
-        args.run_name = f"{args.env}__{SCRIPT}__{backbone_name(args)}__{args.seed}__{int(time.time())}".replace("/", "--")
+        args.run_name = f"{args.env}__{SCRIPT}__{backbone_name(args.backbone)}__{args.seed}__{int(time.time())}".replace(
+            "/", "--"
+        )
     return args
 
 
-def backbone_name(args):
-    return Path(args.backbone).name if os.path.isabs(args.backbone) else args.backbone
+def backbone_name(backbone):
+    return Path(backbone).name if os.path.isabs(backbone) else backbone
 
 
 def first_line(error):
@@ -232,24 +235,12 @@ class GPTConfig:
     embd_dropout: float = 0.1
 
 
-class ImageGPTLayerNorm(nn.Module):
-    """ImageGPT's normalization: no mean subtraction and no bias (transformers: ImageGPTLayerNorm)."""
-
-    def __init__(self, width, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x):
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
-
-
 class QuickGELU(nn.Module):
     def forward(self, x):
         return x * torch.sigmoid(1.702 * x)
 
 
-LAYER_NORMS = {"gpt2": nn.LayerNorm, "imagegpt": ImageGPTLayerNorm}
+LAYER_NORMS = {"gpt2": nn.LayerNorm, "imagegpt": nn.RMSNorm}  # ImageGPT subtracts no mean and has no bias
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "gelu_new": lambda: nn.GELU(approximate="tanh"), "quick_gelu": QuickGELU}
 
 
@@ -386,7 +377,7 @@ def load_backbone(args):
     source = HUB_IDS.get(args.backbone, args.backbone)
     if args.sample and args.backbone in SAMPLE_FOLDERS:
         source = str(ASSETS / SAMPLE_FOLDERS[args.backbone])
-    checkpoint, report = read_checkpoint(source)
+    checkpoint, report = read_pretrained(source)
     missing = [*report["missing_keys"], *report["mismatched_keys"]]
     left_over = [key for key in report["unexpected_keys"] if key != "lm_head.weight"]
     if missing or left_over:
@@ -411,7 +402,7 @@ def load_backbone(args):
     return config, weights, source
 
 
-def read_checkpoint(source):
+def read_pretrained(source):
     """Load a transformers GPT2Model or ImageGPTModel in float32 from a folder, the hub's cache or the hub.
 
     Returns the model and transformers' report of missing, unexpected and mismatched keys.
@@ -623,12 +614,11 @@ def action_range(env):
 
 
 @torch.no_grad()
-def evaluate(model, env, data, args, seeds, after_step=None):
+def evaluate(model, env, data, args, seeds):
     """Play one episode in each copy of `env`, started with these seeds and asking for `args.target_return`.
 
     Returns the episodes' undiscounted returns and lengths in steps, both [episodes]. As in the Decision Transformer's
     evaluation, the return-to-go falls by each reward and the model sees the last K steps. A signal cuts it short.
-    `after_step`, if given, is called with the number of every step that has been made.
     """
     model.eval()
     num_episodes, K = env.num_envs, args.context_length
@@ -661,8 +651,6 @@ def evaluate(model, env, data, args, seeds, after_step=None):
         returns_to_go[:, t + 1, 0] = returns_to_go[:, t, 0] - torch.as_tensor(rewards / RETURN_SCALE, device=args.device)
         running &= ~(terminated | truncated)
         bar.update()
-        if after_step:
-            after_step(t)
         if SIGNALS or not running.any():
             break
     bar.close()
@@ -724,7 +712,10 @@ class TrainingStep:
         max_grad_norm = args.max_grad_norm or math.inf
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm)
         self.optimizer.step()
-        return torch.stack([loss.detach(), saturated, grad_norm, (grad_norm > max_grad_norm).float()])
+        shares = torch.stack([loss.detach(), saturated])
+        if WORLD_SIZE > 1:
+            torch.distributed.all_reduce(shares)
+        return torch.stack([*shares, grad_norm, (grad_norm > max_grad_norm).float()])
 
     def __call__(self, starts):
         if self.eager_steps == math.inf:
@@ -767,19 +758,11 @@ def all_processes(value):
     return values
 
 
-def add_over_processes(metrics):
-    """Put the sum over processes in place of loss and saturated share [steps, 4]; the gradient is already everyone's."""
-    if WORLD_SIZE > 1:
-        parts = metrics[:, :2].contiguous()
-        torch.distributed.all_reduce(parts)
-        metrics[:, :2] = parts
-    return metrics
-
-
 # ======================================================================================================================
 # Interruptions: whole files, known failures, checkpoints to go on from
 # ======================================================================================================================
 SIGNALS = []  # SIGINT or SIGTERM, once one has come; the training step under way is finished first
+COST_MEMORY = ("batch_size", "context_length", "num_eval_episodes", "chunk_size", "mine_windows", "mine_group")
 MAY_CHANGE = ("num_epochs", "save_epochs", "capture_video", "device", "resume")  # what a resumed run may be given anew
 
 
@@ -789,7 +772,9 @@ def remember_signal(number, frame):
 
 
 def save(path, write):
-    """Call write(file) on a temporary file and move it to `path`: the file appears whole or not at all."""
+    """Call write(file) on a temporary file and move it to `path`: it appears whole or not at all. Only rank 0 writes."""
+    if RANK > 0:
+        return
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -806,6 +791,8 @@ def save(path, write):
 
 
 def save_json(path, content):
+    """Write numbers, texts, arrays, and lists and dicts of them; JSON has no NaN, so that it becomes null."""
+    content = json.loads(json.dumps(content, default=lambda array: array.tolist()), parse_constant=lambda name: None)
     save(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
 
 
@@ -814,12 +801,14 @@ def explained(args):
     """Turn the failures of a run that a user can do something about into one sentence."""
     try:
         yield
+    except KeyboardInterrupt:
+        tqdm.write("interrupted; finished runs and checkpoints are kept.", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT)
     except (RuntimeError, MemoryError, OSError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if isinstance(error, MemoryError) or "memory" in str(error):
-            stop(
-                f"{args.device} ran out of memory; lower --batch-size (now {args.batch_size}), --context-length (now "
-                f"{args.context_length}) or --num-eval-episodes (now {args.num_eval_episodes})."
-            )
+            costly = [name for name in COST_MEMORY if hasattr(args, name)]
+            sizes = ", ".join(f"--{name.replace('_', '-')} (now {getattr(args, name)})" for name in costly)
+            stop(f"{args.device} ran out of memory; lower one of {sizes}.")
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             stop(f"the disk is full ({first_line(error)}); make room and go on with --resume, the last checkpoint is good.")
         raise
@@ -868,14 +857,15 @@ def print_table(records, summary):
     )
 
 
-def train(args, run_folder, latest=None):
-    """Train and evaluate as `args` say, going on from the checkpoint `latest` if it is not None.
+def train(args, run_folder):
+    """Train and evaluate as `args` say; a run that is resumed goes on from its latest checkpoint.
 
     Leaves checkpoints, TensorBoard events, args.json and summary.json in `run_folder`; returns the summary and the history
     of METRICS, one entry per logging interval.
     """
-    if not args.resume and run_folder.exists():
+    if run_folder.exists() and not args.resume:
         stop(f"{run_folder} already exists; choose another --run-name, or go on with it by --resume {run_folder}.")
+    latest = read_latest(run_folder) if (run_folder / "checkpoints" / "latest.pt").exists() else None
     if args.sample:
         print("This is the bundled sample: small backbones, small data, few steps. It is not the paper's experiment.")
 
@@ -893,7 +883,7 @@ def train(args, run_folder, latest=None):
         torch.distributed.barrier()
     model.to(args.device)
     num_parameters = sum(p.numel() for p in model.parameters())
-    print(f"{backbone_name(args)}: {num_parameters / 1e6:.1f} M parameters, from {backbone_source}")
+    print(f"{backbone_name(args.backbone)}: {num_parameters / 1e6:.1f} M parameters, from {backbone_source}")
     print(f"{args.env}: {len(data.states):,} steps in {data.num_episodes} episodes of {data.dataset_id}")
     print(f"{run_folder}: on {args.device} in {args.precision}, {WORLD_SIZE} process{'es' * (WORLD_SIZE > 1)}")
 
@@ -925,21 +915,25 @@ def train(args, run_folder, latest=None):
         print(f"going on after step {step}, with {len(records)} of {args.num_epochs + 1} evaluations done")
 
     if RANK == 0:
-        (run_folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        save_json(run_folder / "args.json", asdict(replace(args, resume=None)))
         from torch.utils.tensorboard import SummaryWriter
 
+        (run_folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         writer = SummaryWriter(run_folder, purge_step=step + 1 if latest else None)
         rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
         writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{rows}")
+    save_json(run_folder / "args.json", asdict(replace(args, resume=None)))
+
+    def log(group, values):
+        for name, value in values.items():
+            if RANK == 0 and value is not None:
+                writer.add_scalar(f"{group}/{name}", value, step)
 
     def save_checkpoint(name, **more):
         checkpoint = dict(
             script=SCRIPT, epoch=len(records) - 1, step=step, args=asdict(replace(args, resume=None)),
             architecture=architecture, model=model.state_dict(), state_mean=data.state_mean, state_std=data.state_std, **more,
         )  # fmt: skip
-        if RANK == 0:
-            save(run_folder / "checkpoints" / f"{name}.pt", lambda file: torch.save(checkpoint, file))
+        save(run_folder / "checkpoints" / f"{name}.pt", lambda file: torch.save(checkpoint, file))
 
     def save_latest():
         gpu_state = torch.cuda.get_rng_state(args.device) if on_gpu else None
@@ -958,8 +952,7 @@ def train(args, run_folder, latest=None):
                 tqdm.write(f"interrupted after step {step}; go on with: {how}", file=sys.stderr)
             raise SystemExit(128 + numbers[0])
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, remember_signal)
+    handlers = {number: signal.signal(number, remember_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     trained = nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
     training_step = TrainingStep(trained, optimizer, data, args)
     log_interval = max(1, args.steps_per_epoch // 25)
@@ -980,22 +973,18 @@ def train(args, run_folder, latest=None):
 
             logging = (row + 1) % log_interval == 0 or step == last_step
             if logging:  # the one place in the loop that waits for the device
-                block = add_over_processes(metrics[row // log_interval * log_interval : row + 1])
-                values = block.double().cpu().numpy()
+                values = metrics[row // log_interval * log_interval : row + 1].double().cpu().numpy()
                 finite = np.isfinite(values).all(axis=1)
                 if not finite.all():
-                    bad_step = step - len(values) + 1 + int(finite.argmin())
                     stop(
-                        f"loss or gradient is not finite in step {bad_step}; the checkpoints in {run_folder} are from before. "
-                        "Try a lower --learning-rate, --max-grad-norm 0.25 or --precision fp32."
+                        f"loss or gradient is not finite in step {step + 1 - len(finite) + finite.argmin()}; the checkpoints in "
+                        f"{run_folder} are from before. Try a lower --learning-rate, --max-grad-norm 0.25 or --precision fp32."
                     )
                 means = dict(zip(METRICS, values.mean(axis=0).tolist()))
                 history.append({"step": step, **means})
                 steps.set_postfix(loss=f"{means['loss']:.4f}", grad_norm=f"{means['grad_norm']:.3f}", refresh=False)
-                if RANK == 0:
-                    speed = len(values) / (time.perf_counter() - logged_at)
-                    for name, value in {**means, "learning_rate": learning_rate.item(), "steps_per_second": speed}.items():
-                        writer.add_scalar(f"train/{name}", value, step)
+                speed = len(values) / (time.perf_counter() - logged_at)
+                log("train", {**means, "learning_rate": learning_rate.item(), "steps_per_second": speed})
                 logged_at = time.perf_counter()
             if SIGNALS and WORLD_SIZE == 1 or logging and any(all_processes(bool(SIGNALS))):
                 break
@@ -1008,37 +997,35 @@ def train(args, run_folder, latest=None):
         end_if_interrupted()
         eval_seconds += time.perf_counter() - started
         returns, lengths = (np.concatenate(part) for part in zip(*results))
-        record = dict(epoch=epoch, step=step)
-        record |= {name: value if epoch else None for name, value in zip(METRICS, metrics.double().mean(0).tolist())}
-        record |= dict(return_mean=float(returns.mean()), return_std=float(returns.std()), length_mean=float(lengths.mean()))
-        record["normalized_score"] = normalized_score(args.env, record["return_mean"])
-        records.append(record)
-        if RANK == 0:
-            for name in ("return_mean", "return_std", "length_mean", "normalized_score"):
-                if record[name] is not None:
-                    writer.add_scalar(f"eval/{name}", record[name], step)
-            score = show(record["normalized_score"], ".1f")
-            tqdm.write(f"epoch {epoch}: return {returns.mean():.1f} ± {returns.std():.1f}, normalized score {score}")
+        evaluation = dict(return_mean=float(returns.mean()), return_std=float(returns.std()), length_mean=float(lengths.mean()))
+        evaluation["normalized_score"] = normalized_score(args.env, evaluation["return_mean"])
+        training = dict(zip(METRICS, metrics.double().mean(0).tolist() if epoch else [None] * len(METRICS)))
+        records.append(dict(epoch=epoch, step=step, **training, **evaluation))
+        log("eval", evaluation)
+        score = show(evaluation["normalized_score"], ".1f")
+        tqdm.write(f"epoch {epoch}: return {returns.mean():.1f} ± {returns.std():.1f}, normalized score {score}")
         if epoch in args.save_epochs or epoch == args.num_epochs:
             save_checkpoint(f"epoch_{epoch}")
-        if epoch and record is max(records[1:], key=lambda record: record["return_mean"]):
+        best = max(records[1:], key=lambda record: record["return_mean"], default=None)
+        if best is records[-1]:
             save_checkpoint("best")
         save_latest()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
     best = max(records[1:], key=lambda record: record["return_mean"])
     last_quarter = [record["normalized_score"] for record in records[-max(1, args.num_epochs // 4) :]]
-    same = ("backbone", "env", "context_length", "seed", "sample", "device", "precision")
-    summary = dict(script=SCRIPT, **{name: getattr(args, name) for name in same}, backbone_source=backbone_source)
-    summary |= dict(dataset=data.dataset_id, dataset_steps=len(data.states), dataset_episodes=data.num_episodes)
-    summary |= dict(processes=WORLD_SIZE, parameters=num_parameters, steps=step, epochs=records, best_epoch=best["epoch"])
-    summary |= dict(
-        best_normalized_score=best["normalized_score"],
-        final_normalized_score=records[-1]["normalized_score"],
+    summary = dict(
+        script=SCRIPT, backbone=args.backbone, env=args.env, context_length=args.context_length, seed=args.seed,
+        sample=args.sample, device=args.device, precision=args.precision, backbone_source=backbone_source,
+        dataset=data.dataset_id, dataset_steps=len(data.states), dataset_episodes=data.num_episodes, processes=WORLD_SIZE,
+        parameters=num_parameters, steps=step, epochs=records, best_epoch=best["epoch"],
+        best_normalized_score=best["normalized_score"], final_normalized_score=records[-1]["normalized_score"],
         mean_last_quarter_normalized_score=None if None in last_quarter else float(np.mean(last_quarter)),
-    )
-    summary |= dict(steps_per_second=step / train_seconds, train_seconds=train_seconds, eval_seconds=eval_seconds)
+        steps_per_second=step / train_seconds, train_seconds=train_seconds, eval_seconds=eval_seconds,
+    )  # fmt: skip
+    save_json(run_folder / "summary.json", summary)
     if RANK == 0:
-        save_json(run_folder / "summary.json", summary)
         writer.close()
         print_table(records, summary)
     return summary, history
@@ -1046,6 +1033,19 @@ def train(args, run_folder, latest=None):
 
 COLORS = {"gpt2": "#0072B2", "igpt": "#D55E00", "igpt-as-gpt2": "#E69F00", "random": "#555555", "random-gpt2": "#009E73"}
 OTHER_COLOR = "#CC79A7"  # Okabe and Ito's palette: also for the colour-blind
+
+
+def color_of(backbone):
+    return COLORS.get(backbone, OTHER_COLOR)
+
+
+def new_figure(title, width, height):
+    """An empty matplotlib figure, width and height in inches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(title)
+    return figure
 
 
 def save_figure(figure, run_folder, name, step):
@@ -1058,17 +1058,17 @@ def save_figure(figure, run_folder, name, step):
 
 
 def parse_arguments():
-    """Return the arguments as given, the others from the run to resume or the sample, and the checkpoint to resume."""
-    args, latest = tyro.cli(Args, description=__doc__), None
+    """Return the arguments as given; what is not given comes from the run to resume, or from the sample."""
+    args = tyro.cli(Args, description=__doc__)
     if args.resume:
-        latest = read_latest(args.resume)
-        args = tyro.cli(Args, default=Args(**latest["args"]))
-        names = changed(asdict(args), latest["args"])
+        before = read_latest(args.resume)["args"]
+        args = tyro.cli(Args, default=Args(**before))
+        names = changed(asdict(args), before)
         if names:
             stop(f"--{', --'.join(names).replace('_', '-')} cannot change when a run is resumed; leave out or start a new run.")
     elif args.sample:
         args = tyro.cli(Args, default=SAMPLE)
-    return args, latest
+    return args
 
 
 # ======================================================================================================================
@@ -1136,17 +1136,71 @@ def clipped_norm(norm, max_grad_norm):
     return np.minimum(norm, max_grad_norm) if max_grad_norm else norm
 
 
+def change(before, after):
+    """l2 distance, relative distance and cosine of two vectors; nan where a bias starts at zero and has no direction."""
+    distance, length = torch.linalg.vector_norm(after - before).item(), torch.linalg.vector_norm(before).item()
+    if distance == 0:
+        return dict(distance=0.0, relative=0.0, cosine=1.0)
+    lengths = length * torch.linalg.vector_norm(after).item()
+    cosine = (before @ after).item() / lengths if lengths else math.nan
+    return dict(distance=distance, relative=distance / length if length else math.nan, cosine=cosine)
+
+
 def parameter_change(before, after):
-    """l2 distance, relative distance and cosine of each parameter set of the blocks between two state dicts (section 5.3)."""
-    change = {}
-    for name in (name for name in before if name.startswith("transformer.h.")):
-        a, b = before[name].double().flatten(), after[name].double().flatten()
-        distance, length = torch.linalg.vector_norm(b - a).item(), torch.linalg.vector_norm(a).item()
-        both = length * torch.linalg.vector_norm(b).item()  # biases start at zero: no direction, so no cosine
-        cosine = 1.0 if distance == 0 else (a @ b).item() / both if both else math.nan
-        relative = 0.0 if distance == 0 else distance / length if length else math.nan
-        change[name.removeprefix("transformer.h.")] = dict(distance=distance, relative=relative, cosine=cosine)
-    return change
+    """Change between two state dicts (section 5.3): of each parameter set of the blocks, and of all of them as one vector."""
+    sets = [name for name in before if name.startswith("transformer.h.")]
+    pairs = [(before[name].double().flatten(), after[name].double().flatten()) for name in sets]
+    whole = change(*(torch.cat(vectors) for vectors in zip(*pairs)))
+    return {name.removeprefix("transformer.h."): change(*pair) for name, pair in zip(sets, pairs)}, whole
+
+
+# ======================================================================================================================
+# Study: several runs, trained here or earlier, and what is kept of them
+# ======================================================================================================================
+def open_study(args):
+    """Return the arguments of all runs together, and the folder of the study; one is resumed by any of its runs."""
+    if args.resume:  # its arguments are resolved for one backbone, those of the study are in one of them
+        may_change = {name: getattr(args, name) for name in MAY_CHANGE if hasattr(args, name)}
+        given = {name: tuple(x) if isinstance(x, list) else x for name, x in json.loads(args.study).items()}
+        args = Args(**{**given, **may_change})
+    args.run_name = args.run_name or f"{args.env}__{SCRIPT}__{args.seed}__{int(time.time())}"
+    args.save_epochs = tuple(sorted({0, *args.save_epochs, *args.epochs}))
+    study = Path(args.resume).parent if args.resume else Path("runs") / args.run_name
+    if study.exists() and not args.resume:
+        stop(f"{study} already exists; choose another --run-name.")
+    return args, study
+
+
+def run_args(args, backbone, **changes):
+    """Return the arguments of the study's run that starts from `backbone`."""
+    if backbone not in ("random", "random-gpt2"):
+        changes |= dict(n_layer=None, n_head=None, n_embd=None, activation=None)
+    return resolve(replace(args, backbone=backbone, study=json.dumps(asdict(args)), **changes))
+
+
+def finished_run(folder, epochs):
+    """Return the records per epoch of the finished run in `folder`, which must have checkpoints of these epochs."""
+    try:
+        records = json.loads((folder / "summary.json").read_text())["epochs"]
+    except (OSError, ValueError, KeyError) as error:
+        stop(f"{folder} cannot be analysed, it is no folder of a finished run: {first_line(error)}.")
+    for epoch in epochs:
+        if not (folder / "checkpoints" / f"epoch_{epoch}.pt").exists():
+            stop(f"{folder} cannot be analysed, it has no checkpoint of epoch {epoch}; train it with --save-epochs 0 {epoch}.")
+    return records
+
+
+def load_checkpoint(folder, epoch):
+    return torch.load(folder / "checkpoints" / f"epoch_{epoch}.pt", map_location="cpu", weights_only=True, mmap=True)
+
+
+def check_epochs(args):
+    """Refuse epochs that will not be trained, or were not."""
+    beyond = [] if args.runs else [epoch for epoch in args.epochs if not 0 <= epoch <= args.num_epochs]
+    if beyond:
+        stop(f"--epochs {beyond[0]} is not between 0 and --num-epochs {args.num_epochs}.")
+    for folder in args.runs:
+        finished_run(Path(folder), args.epochs or (0,))
 
 
 # ======================================================================================================================
@@ -1154,77 +1208,60 @@ def parameter_change(before, after):
 # ======================================================================================================================
 def analyse(run_folder, epoch, args):
     """Analyse the checkpoint of `epoch` in `run_folder` in float32; returns everything that the figures show."""
-    files = [run_folder / "checkpoints" / f"epoch_{e}.pt" for e in (0, epoch)]
-    start, checkpoint = (torch.load(file, map_location="cpu", weights_only=True) for file in files)
-    trained_with = checkpoint["args"]
-    own = {name: trained_with[name] for name in ("env", "dataset", "context_length", "max_grad_norm", "backbone")}
-    label = trained_with.get("member") or backbone_name(replace(args, backbone=own["backbone"]))
+    start, checkpoint = (load_checkpoint(run_folder, e) for e in (0, epoch))
+    records, trained_with = finished_run(run_folder, (0, epoch)), checkpoint["args"]
+    own = {name: trained_with[name] for name in ("env", "dataset", "context_length", "max_grad_norm", "backbone", "seed")}
+    label = trained_with.get("member") or backbone_name(own["backbone"])
     data_args = replace(args, env=own["env"], dataset=own["dataset"])
     data = load_data(data_args, make_env(data_args, 1))
     generator = torch.Generator().manual_seed(args.seed)  # the same windows for every backbone
     count = max(args.norm_windows, args.confusion_windows)
     starts = torch.randint(len(data.states), (count,), generator=generator).to(args.device)
-    torch.manual_seed(args.seed)
     windows = data.windows(starts, own["context_length"])
     model = rebuild_model(checkpoint, args.device).train(args.dropout_in_analysis)
     norms, total, cosines = gradient_statistics(model, windows, args.confusion_windows, args.chunk_size, label)
     norms, total = {name: x[: args.norm_windows] for name, x in norms.items()}, total[: args.norm_windows]
-    summary = json.loads((run_folder / "summary.json").read_text())
     pairs = cosines[np.triu_indices(len(cosines), 1)]
-    squares = {name: float(np.mean(x.astype(float) ** 2)) for name, x in norms.items()}
-    change = parameter_change(start["model"], checkpoint["model"])
-    flat = [torch.cat([c["model"][f"transformer.h.{name}"].double().flatten() for name in change]) for c in (start, checkpoint)]
-    distance = torch.linalg.vector_norm(flat[1] - flat[0]).item()
+    squares = {name: np.mean(x.astype(float) ** 2) for name, x in norms.items()}
+    sets, whole = parameter_change(start["model"], checkpoint["model"])
     clip = own["max_grad_norm"]
     return dict(
-        label=label, folder=str(run_folder), epoch=epoch, **own, seed=trained_with["seed"],
-        norm_before=total, norm_after=clipped_norm(total, clip), clipped_windows=float(np.mean(total > clip)) if clip else 0.0,
-        clipped_steps=summary["epochs"][epoch]["clipped_fraction"], cosines=pairs, confusion=float(pairs.min()),
-        set_norms={name: float(x.mean()) for name, x in norms.items()},
+        label=label, folder=str(run_folder), epoch=epoch, **own,
+        norm_before=total, norm_after=clipped_norm(total, clip), median_norm=np.median(total),
+        clipped_windows=np.mean(total > clip) if clip else 0.0, clipped_steps=records[epoch]["clipped_fraction"],
+        cosines=pairs, mean_cosine=pairs.mean(), confusion=pairs.min(),
+        set_norms={name: x.mean() for name, x in norms.items()},
         set_shares={name: value / sum(squares.values()) for name, value in squares.items()},
-        change=change, distance=distance, relative_distance=distance / torch.linalg.vector_norm(flat[0]).item(),
-        cosine=(flat[0] @ flat[1]).item() / (torch.linalg.vector_norm(flat[0]) * torch.linalg.vector_norm(flat[1])).item(),
-        records=summary["epochs"],
+        change=sets, distance=whole["distance"], relative_distance=whole["relative"], cosine=whole["cosine"], records=records,
     )  # fmt: skip
 
 
 # ======================================================================================================================
 # Figures
 # ======================================================================================================================
-def color_of(result):
-    return COLORS.get(result["label"], OTHER_COLOR)
-
-
 def name_of(result):
     clip = f", clip {result['max_grad_norm']:g}" if result["max_grad_norm"] else ", no clipping"
     return f"{result['label']}{clip}, epoch {result['epoch']}"
 
 
-def new_figure(results, args, what, width, height):
-    """An empty figure whose title says what, on which environment, backbones, K, seed, and whether it is the sample."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    contexts = ", ".join(sorted({str(r["context_length"]) for r in results}))
-    seeds = ", ".join(sorted({str(r["seed"]) for r in results}))
-    sample = ", bundled sample" if args.sample else ""
-    environments = ", ".join(sorted({r["env"] for r in results}))
-    figure.suptitle(f"{environments}: {what}; K = {contexts}, seed {seeds}{sample}")
-    return figure
+def title(results, args, what):
+    """What a figure shows, of which environments, K and seeds, and whether it is the sample."""
+    envs, contexts, seeds = (", ".join(sorted({str(r[name]) for r in results})) for name in ("env", "context_length", "seed"))
+    return f"{envs}: {what}; K = {contexts}, seed {seeds}{', bundled sample' * args.sample}"
 
 
 def boxes(axes, results, values):
     """One box per result in its colour."""
     drawn = axes.boxplot(values, tick_labels=[name_of(r).replace(", ", "\n") for r in results], patch_artist=True, widths=0.6)
     for box, median, result in zip(drawn["boxes"], drawn["medians"], results):
-        box.set(facecolor=color_of(result), alpha=0.6)
+        box.set(facecolor=color_of(result["label"]), alpha=0.6)
         median.set(color="black")
     axes.tick_params(axis="x", labelsize="small")
 
 
 def plot_norms(results, args):
     """Gradient norm of single windows before and after clipping, with the threshold (section 5.4)."""
-    figure = new_figure(results, args, f"gradient norm of {args.norm_windows} single windows", 4 + 2 * len(results), 4)
+    figure = new_figure(title(results, args, f"gradient norm of {args.norm_windows} single windows"), 4 + 2 * len(results), 4)
     before, after = figure.subplots(1, 2, sharey=True)
     boxes(before, results, [r["norm_before"] for r in results])
     boxes(after, results, [r["norm_after"] for r in results])
@@ -1238,12 +1275,14 @@ def plot_norms(results, args):
 
 def plot_confusion(results, args):
     """Distribution and minimum of the cosines between the gradients of two windows (Sankararaman et al. 2020)."""
-    figure = new_figure(results, args, f"gradients of {args.confusion_windows} windows, pair by pair", 4 + 2 * len(results), 4)
+    figure = new_figure(
+        title(results, args, f"gradients of {args.confusion_windows} windows, pair by pair"), 4 + 2 * len(results), 4
+    )
     left, right = figure.subplots(1, 2)
     boxes(left, results, [r["cosines"] for r in results])
     left.set(ylabel="cosine similarity", title="all pairs")
     left.axhline(0, color="black", linewidth=0.5)
-    right.bar(range(len(results)), [r["confusion"] for r in results], color=[color_of(r) for r in results])
+    right.bar(range(len(results)), [r["confusion"] for r in results], color=[color_of(r["label"]) for r in results])
     right.set_xticks(range(len(results)), [name_of(r).replace(", ", "\n") for r in results], fontsize="small")
     right.set(ylabel="minimum cosine similarity", title="gradient confusion")
     right.axhline(0, color="black", linewidth=0.5)
@@ -1255,7 +1294,7 @@ def plot_sets(results, args, what, panels):
 
     Backbones without some of the sets, such as ImageGPT's LayerNorm biases, leave their places empty.
     """
-    figure = new_figure(results, args, what, 15, 3 * len(panels) + 0.8)
+    figure = new_figure(title(results, args, what), 15, 3 * len(panels) + 0.8)
     by_size = sorted((r["set_norms"] for r in results), key=len, reverse=True)  # the fullest model gives the order
     names = sorted(dict.fromkeys(name for norms in by_size for name in norms), key=lambda name: int(name.split(".")[0]))
     place = {name: i for i, name in enumerate(names)}
@@ -1263,7 +1302,7 @@ def plot_sets(results, args, what, panels):
         width = 0.8 / len(bars)
         for i, (result, values) in enumerate(bars):
             x = [place[name] + (i - (len(bars) - 1) / 2) * width for name in values]
-            axes.bar(x, list(values.values()), width, color=color_of(result), label=name_of(result))
+            axes.bar(x, list(values.values()), width, color=color_of(result["label"]), label=name_of(result))
         if label == "cosine similarity":
             lowest = np.nanmin([value for _, values in bars for value in values.values()])
             axes.set_ylim(lowest - 0.1 * (1 - lowest), 1)
@@ -1276,14 +1315,19 @@ def plot_sets(results, args, what, panels):
 
 def plot_clipping(results, args):
     """Action error, return and gradient norm per epoch with and without clipping (App. G.3)."""
-    figure = new_figure(results, args, "clipping at work", 13, 3.8)
+    figure = new_figure(title(results, args, "clipping at work"), 13, 3.8)
     panels = {"loss": "mean squared action error", "return_mean": "return", "grad_norm": "gradient norm before clipping"}
     for axes, (key, label) in zip(figure.subplots(1, 3), panels.items()):
         for result in results:
             points = [(record["epoch"], record[key]) for record in result["records"] if record[key] is not None]
             style = "-" if result["max_grad_norm"] else ":"
             axes.plot(
-                *zip(*points), style, marker="o", markersize=3, color=color_of(result), label=name_of(result).rsplit(",", 1)[0]
+                *zip(*points),
+                style,
+                marker="o",
+                markersize=3,
+                color=color_of(result["label"]),
+                label=name_of(result).rsplit(",", 1)[0],
             )
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -1317,18 +1361,12 @@ def figures(results, args):
 
 def print_findings(results):
     """Print the findings in numbers: one line per analysed checkpoint, and the parameter sets that own its gradient."""
-    columns = ("grad norm", "windows clipped", "steps clipped", "confusion", "mean cosine", "distance", "relative", "cosine")
+    columns = {"median_norm": ".3f", "clipped_windows": ".0%", "clipped_steps": ".0%", "confusion": ".3f", "mean_cosine": ".3f"}
+    columns |= {"distance": ".2f", "relative_distance": ".4f", "cosine": ".5f"}
     width = max(len(name_of(r)) for r in results)
-    print("\n" + " " * width + "".join(f"{c:>17}" for c in columns))
+    print("\n" + " " * width + "".join(f"{name:>19}" for name in columns))
     for r in results:
-        values = (f"{np.median(r['norm_before']):.3f}", f"{r['clipped_windows']:.0%}", show(r["clipped_steps"], ".0%"))
-        values += (
-            f"{r['confusion']:.3f}",
-            f"{np.mean(r['cosines']):.3f}",
-            f"{r['distance']:.2f}",
-            f"{r['relative_distance']:.4f}",
-        )
-        print(name_of(r).ljust(width) + "".join(f"{v:>17}" for v in (*values, f"{r['cosine']:.5f}")))
+        print(name_of(r).ljust(width) + "".join(f"{show(r[name], form):>19}" for name, form in columns.items()))
     print("\nlargest shares of the squared gradient over the blocks:")
     for r in results:
         print(name_of(r).ljust(width), largest_sets(r))
@@ -1338,84 +1376,40 @@ def print_findings(results):
 # Experiment
 # ======================================================================================================================
 def members(args):
-    """Arguments of each run to train, by the name of its folder."""
-    runs, study = {}, json.dumps(asdict(args))
-    for backbone in args.backbones:
-        is_random = backbone in ("random", "random-gpt2")
-        own = {} if is_random else dict(n_layer=None, n_head=None, n_embd=None, activation=None)
-        for max_grad_norm in args.max_grad_norms:
-            name = Path(backbone).name + (f"_clip_{max_grad_norm:g}" if len(args.max_grad_norms) > 1 else "")
-            runs[name] = resolve(replace(args, backbone=backbone, max_grad_norm=max_grad_norm, study=study, **own))
+    """Arguments of each run to train, by the name of its folder: every backbone with every threshold."""
+    runs = {}
+    for backbone, clip in itertools.product(args.backbones, args.max_grad_norms):
+        name = Path(backbone).name + f"_clip_{clip:g}" * (len(args.max_grad_norms) > 1)
+        runs[name] = run_args(args, backbone, max_grad_norm=clip)
     return runs
-
-
-def checkpoints_of(folder, epochs):
-    """The (folder, epoch) pairs to analyse of a finished run; without `epochs`, its last."""
-    try:
-        last = len(json.loads((folder / "summary.json").read_text())["epochs"]) - 1
-    except (OSError, ValueError, KeyError) as error:
-        stop(f"{folder} cannot be analysed, it is no folder of a finished run: {first_line(error)}.")
-    for epoch in (0, *epochs):
-        if not (folder / "checkpoints" / f"epoch_{epoch}.pt").exists():
-            stop(f"{folder} cannot be analysed, it has no checkpoint of epoch {epoch}; train it with --save-epochs 0 {epoch}.")
-    return [(folder, epoch) for epoch in epochs or (last,)]
 
 
 def check(args):
     """Refuse what only this script has and cannot work, before anything is trained."""
     if min(args.norm_windows, args.chunk_size, args.num_epochs) < 1 or args.confusion_windows < 2:
         stop("--norm-windows, --chunk-size and --num-epochs must be at least 1, and --confusion-windows at least 2.")
-    beyond = [] if args.runs else [epoch for epoch in args.epochs if not 0 <= epoch <= args.num_epochs]
-    if beyond:
-        stop(f"--epochs {beyond[0]} is not between 0 and --num-epochs {args.num_epochs}.")
-    for folder in args.runs:
-        checkpoints_of(Path(folder), args.epochs)
-
-
-def give_up(folders):
-    """Let Ctrl-C or SIGTERM end the analysis with a sentence: the models are trained and kept."""
-
-    def say(number, frame):
-        how = f"python {SCRIPT}.py --runs {' '.join(map(str, folders))}"
-        tqdm.write(f"interrupted; the models are kept, analyse them with: {how}", file=sys.stderr)
-        raise SystemExit(128 + number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, say)
+    check_epochs(args)
 
 
 if __name__ == "__main__":
-    args, latest = parse_arguments()
-    if latest is not None:  # of one of the runs; which ones there are is in the arguments as they were given
-        may_change = {name: getattr(args, name) for name in MAY_CHANGE if hasattr(args, name)}
-        given = {name: tuple(x) if isinstance(x, list) else x for name, x in json.loads(args.study).items()}
-        args = Args(**{**given, **may_change})
+    args, study = open_study(parse_arguments())
     check(args)
-    args.run_name = args.run_name or f"{args.env}__{SCRIPT}__{args.seed}__{int(time.time())}"
-    args.save_epochs = tuple(sorted({0, *args.save_epochs, *args.epochs}))
-    study = Path(args.resume).parent if args.resume else Path("runs") / args.run_name
-    if study.exists() and not args.resume:
-        stop(f"{study} already exists; choose another --run-name.")
     runs = {} if args.runs else members(args)
     analysis_args = resolve(replace(args, precision="fp32"))
     with processes(), explained(analysis_args):
-        for name, run_args in runs.items():
-            if not (study / name / "summary.json").exists():
-                has_latest = (study / name / "checkpoints" / "latest.pt").exists()
-                train(run_args, study / name, read_latest(study / name) if has_latest else None)
+        for name, arguments in runs.items():
+            train(arguments, study / name)
         if RANK == 0:
             folders = [study / name for name in runs] or [Path(folder) for folder in args.runs]
-            give_up(folders)
-            checkpoints = [pair for folder in folders for pair in checkpoints_of(folder, args.epochs)]
+            print(f"\nthe analysis follows; by itself: python {SCRIPT}.py --runs {' '.join(map(str, folders))}")
+            last = {folder: len(finished_run(folder, (0, *args.epochs))) - 1 for folder in folders}
+            checkpoints = [(folder, epoch) for folder in folders for epoch in args.epochs or (last[folder],)]
             bar = tqdm(checkpoints, desc="analysis", unit="checkpoint")
             results = [analyse(folder, epoch, analysis_args) for folder, epoch in bar]
             study.mkdir(parents=True, exist_ok=True)
-            raw = ("norm_before", "norm_after", "cosines")
-            arrays = {f"{i}_{key}": result[key] for i, result in enumerate(results) for key in raw}
-            save(study / "gradients.npz", lambda file: np.savez(file, **arrays))
-            numbers = [result | {key: result[key].tolist() for key in raw} for result in results]
-            numbers = json.loads(json.dumps(numbers), parse_constant=lambda name: None)  # JSON has no NaN
-            save_json(study / "results.json", numbers)
+            raw = {f"{i}_{key}": r[key] for i, r in enumerate(results) for key in ("norm_before", "norm_after", "cosines")}
+            save(study / "gradients.npz", lambda file: np.savez(file, **raw))
+            save_json(study / "results.json", results)
             for name, figure in figures(results, args).items():
                 save_figure(figure, study, name, max(epoch for _, epoch in checkpoints))
             print_findings(results)

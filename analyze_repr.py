@@ -12,6 +12,7 @@ information, Analysis, Figures and Experiment.
 
 import contextlib
 import errno
+import itertools
 import json
 import math
 import os
@@ -206,12 +207,14 @@ def resolve(args):
     elif Path(args.backbone).is_dir():
         args.backbone = str(Path(args.backbone).resolve())
     if args.run_name is None:
-        args.run_name = f"{args.env}__{SCRIPT}__{backbone_name(args)}__{args.seed}__{int(time.time())}".replace("/", "--")
+        args.run_name = f"{args.env}__{SCRIPT}__{backbone_name(args.backbone)}__{args.seed}__{int(time.time())}".replace(
+            "/", "--"
+        )
     return args
 
 
-def backbone_name(args):
-    return Path(args.backbone).name if os.path.isabs(args.backbone) else args.backbone
+def backbone_name(backbone):
+    return Path(backbone).name if os.path.isabs(backbone) else backbone
 
 
 def first_line(error):
@@ -241,24 +244,12 @@ class GPTConfig:
     embd_dropout: float = 0.1
 
 
-class ImageGPTLayerNorm(nn.Module):
-    """ImageGPT's normalization: no mean subtraction and no bias (transformers: ImageGPTLayerNorm)."""
-
-    def __init__(self, width, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x):
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
-
-
 class QuickGELU(nn.Module):
     def forward(self, x):
         return x * torch.sigmoid(1.702 * x)
 
 
-LAYER_NORMS = {"gpt2": nn.LayerNorm, "imagegpt": ImageGPTLayerNorm}
+LAYER_NORMS = {"gpt2": nn.LayerNorm, "imagegpt": nn.RMSNorm}  # ImageGPT subtracts no mean and has no bias
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "gelu_new": lambda: nn.GELU(approximate="tanh"), "quick_gelu": QuickGELU}
 
 
@@ -395,7 +386,7 @@ def load_backbone(args):
     source = HUB_IDS.get(args.backbone, args.backbone)
     if args.sample and args.backbone in SAMPLE_FOLDERS:
         source = str(ASSETS / SAMPLE_FOLDERS[args.backbone])
-    checkpoint, report = read_checkpoint(source)
+    checkpoint, report = read_pretrained(source)
     missing = [*report["missing_keys"], *report["mismatched_keys"]]
     left_over = [key for key in report["unexpected_keys"] if key != "lm_head.weight"]
     if missing or left_over:
@@ -420,7 +411,7 @@ def load_backbone(args):
     return config, weights, source
 
 
-def read_checkpoint(source):
+def read_pretrained(source):
     """Load a transformers GPT2Model or ImageGPTModel in float32 from a folder, the hub's cache or the hub.
 
     Returns the model and transformers' report of missing, unexpected and mismatched keys.
@@ -632,12 +623,11 @@ def action_range(env):
 
 
 @torch.no_grad()
-def evaluate(model, env, data, args, seeds, after_step=None):
+def evaluate(model, env, data, args, seeds):
     """Play one episode in each copy of `env`, started with these seeds and asking for `args.target_return`.
 
     Returns the episodes' undiscounted returns and lengths in steps, both [episodes]. As in the Decision Transformer's
     evaluation, the return-to-go falls by each reward and the model sees the last K steps. A signal cuts it short.
-    `after_step`, if given, is called with the number of every step that has been made.
     """
     model.eval()
     num_episodes, K = env.num_envs, args.context_length
@@ -670,8 +660,6 @@ def evaluate(model, env, data, args, seeds, after_step=None):
         returns_to_go[:, t + 1, 0] = returns_to_go[:, t, 0] - torch.as_tensor(rewards / RETURN_SCALE, device=args.device)
         running &= ~(terminated | truncated)
         bar.update()
-        if after_step:
-            after_step(t)
         if SIGNALS or not running.any():
             break
     bar.close()
@@ -733,7 +721,10 @@ class TrainingStep:
         max_grad_norm = args.max_grad_norm or math.inf
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm)
         self.optimizer.step()
-        return torch.stack([loss.detach(), saturated, grad_norm, (grad_norm > max_grad_norm).float()])
+        shares = torch.stack([loss.detach(), saturated])
+        if WORLD_SIZE > 1:
+            torch.distributed.all_reduce(shares)
+        return torch.stack([*shares, grad_norm, (grad_norm > max_grad_norm).float()])
 
     def __call__(self, starts):
         if self.eager_steps == math.inf:
@@ -776,19 +767,11 @@ def all_processes(value):
     return values
 
 
-def add_over_processes(metrics):
-    """Put the sum over processes in place of loss and saturated share [steps, 4]; the gradient is already everyone's."""
-    if WORLD_SIZE > 1:
-        parts = metrics[:, :2].contiguous()
-        torch.distributed.all_reduce(parts)
-        metrics[:, :2] = parts
-    return metrics
-
-
 # ======================================================================================================================
 # Interruptions: whole files, known failures, checkpoints to go on from
 # ======================================================================================================================
 SIGNALS = []  # SIGINT or SIGTERM, once one has come; the training step under way is finished first
+COST_MEMORY = ("batch_size", "context_length", "num_eval_episodes", "chunk_size", "mine_windows", "mine_group")
 MAY_CHANGE = ("num_epochs", "save_epochs", "capture_video", "device", "resume")  # what a resumed run may be given anew
 
 
@@ -798,7 +781,9 @@ def remember_signal(number, frame):
 
 
 def save(path, write):
-    """Call write(file) on a temporary file and move it to `path`: the file appears whole or not at all."""
+    """Call write(file) on a temporary file and move it to `path`: it appears whole or not at all. Only rank 0 writes."""
+    if RANK > 0:
+        return
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -815,6 +800,8 @@ def save(path, write):
 
 
 def save_json(path, content):
+    """Write numbers, texts, arrays, and lists and dicts of them; JSON has no NaN, so that it becomes null."""
+    content = json.loads(json.dumps(content, default=lambda array: array.tolist()), parse_constant=lambda name: None)
     save(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
 
 
@@ -823,12 +810,14 @@ def explained(args):
     """Turn the failures of a run that a user can do something about into one sentence."""
     try:
         yield
+    except KeyboardInterrupt:
+        tqdm.write("interrupted; finished runs and checkpoints are kept.", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT)
     except (RuntimeError, MemoryError, OSError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if isinstance(error, MemoryError) or "memory" in str(error):
-            stop(
-                f"{args.device} ran out of memory; lower --batch-size (now {args.batch_size}), --context-length (now "
-                f"{args.context_length}) or --num-eval-episodes (now {args.num_eval_episodes})."
-            )
+            costly = [name for name in COST_MEMORY if hasattr(args, name)]
+            sizes = ", ".join(f"--{name.replace('_', '-')} (now {getattr(args, name)})" for name in costly)
+            stop(f"{args.device} ran out of memory; lower one of {sizes}.")
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             stop(f"the disk is full ({first_line(error)}); make room and go on with --resume, the last checkpoint is good.")
         raise
@@ -877,14 +866,15 @@ def print_table(records, summary):
     )
 
 
-def train(args, run_folder, latest=None):
-    """Train and evaluate as `args` say, going on from the checkpoint `latest` if it is not None.
+def train(args, run_folder):
+    """Train and evaluate as `args` say; a run that is resumed goes on from its latest checkpoint.
 
     Leaves checkpoints, TensorBoard events, args.json and summary.json in `run_folder`; returns the summary and the history
     of METRICS, one entry per logging interval.
     """
-    if not args.resume and run_folder.exists():
+    if run_folder.exists() and not args.resume:
         stop(f"{run_folder} already exists; choose another --run-name, or go on with it by --resume {run_folder}.")
+    latest = read_latest(run_folder) if (run_folder / "checkpoints" / "latest.pt").exists() else None
     if args.sample:
         print("This is the bundled sample: small backbones, small data, few steps. It is not the paper's experiment.")
 
@@ -902,7 +892,7 @@ def train(args, run_folder, latest=None):
         torch.distributed.barrier()
     model.to(args.device)
     num_parameters = sum(p.numel() for p in model.parameters())
-    print(f"{backbone_name(args)}: {num_parameters / 1e6:.1f} M parameters, from {backbone_source}")
+    print(f"{backbone_name(args.backbone)}: {num_parameters / 1e6:.1f} M parameters, from {backbone_source}")
     print(f"{args.env}: {len(data.states):,} steps in {data.num_episodes} episodes of {data.dataset_id}")
     print(f"{run_folder}: on {args.device} in {args.precision}, {WORLD_SIZE} process{'es' * (WORLD_SIZE > 1)}")
 
@@ -934,21 +924,25 @@ def train(args, run_folder, latest=None):
         print(f"going on after step {step}, with {len(records)} of {args.num_epochs + 1} evaluations done")
 
     if RANK == 0:
-        (run_folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        save_json(run_folder / "args.json", asdict(replace(args, resume=None)))
         from torch.utils.tensorboard import SummaryWriter
 
+        (run_folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         writer = SummaryWriter(run_folder, purge_step=step + 1 if latest else None)
         rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
         writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{rows}")
+    save_json(run_folder / "args.json", asdict(replace(args, resume=None)))
+
+    def log(group, values):
+        for name, value in values.items():
+            if RANK == 0 and value is not None:
+                writer.add_scalar(f"{group}/{name}", value, step)
 
     def save_checkpoint(name, **more):
         checkpoint = dict(
             script=SCRIPT, epoch=len(records) - 1, step=step, args=asdict(replace(args, resume=None)),
             architecture=architecture, model=model.state_dict(), state_mean=data.state_mean, state_std=data.state_std, **more,
         )  # fmt: skip
-        if RANK == 0:
-            save(run_folder / "checkpoints" / f"{name}.pt", lambda file: torch.save(checkpoint, file))
+        save(run_folder / "checkpoints" / f"{name}.pt", lambda file: torch.save(checkpoint, file))
 
     def save_latest():
         gpu_state = torch.cuda.get_rng_state(args.device) if on_gpu else None
@@ -967,8 +961,7 @@ def train(args, run_folder, latest=None):
                 tqdm.write(f"interrupted after step {step}; go on with: {how}", file=sys.stderr)
             raise SystemExit(128 + numbers[0])
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, remember_signal)
+    handlers = {number: signal.signal(number, remember_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     trained = nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
     training_step = TrainingStep(trained, optimizer, data, args)
     log_interval = max(1, args.steps_per_epoch // 25)
@@ -989,22 +982,18 @@ def train(args, run_folder, latest=None):
 
             logging = (row + 1) % log_interval == 0 or step == last_step
             if logging:  # the one place in the loop that waits for the device
-                block = add_over_processes(metrics[row // log_interval * log_interval : row + 1])
-                values = block.double().cpu().numpy()
+                values = metrics[row // log_interval * log_interval : row + 1].double().cpu().numpy()
                 finite = np.isfinite(values).all(axis=1)
                 if not finite.all():
-                    bad_step = step - len(values) + 1 + int(finite.argmin())
                     stop(
-                        f"loss or gradient is not finite in step {bad_step}; the checkpoints in {run_folder} are from before. "
-                        "Try a lower --learning-rate, --max-grad-norm 0.25 or --precision fp32."
+                        f"loss or gradient is not finite in step {step + 1 - len(finite) + finite.argmin()}; the checkpoints in "
+                        f"{run_folder} are from before. Try a lower --learning-rate, --max-grad-norm 0.25 or --precision fp32."
                     )
                 means = dict(zip(METRICS, values.mean(axis=0).tolist()))
                 history.append({"step": step, **means})
                 steps.set_postfix(loss=f"{means['loss']:.4f}", grad_norm=f"{means['grad_norm']:.3f}", refresh=False)
-                if RANK == 0:
-                    speed = len(values) / (time.perf_counter() - logged_at)
-                    for name, value in {**means, "learning_rate": learning_rate.item(), "steps_per_second": speed}.items():
-                        writer.add_scalar(f"train/{name}", value, step)
+                speed = len(values) / (time.perf_counter() - logged_at)
+                log("train", {**means, "learning_rate": learning_rate.item(), "steps_per_second": speed})
                 logged_at = time.perf_counter()
             if SIGNALS and WORLD_SIZE == 1 or logging and any(all_processes(bool(SIGNALS))):
                 break
@@ -1017,37 +1006,35 @@ def train(args, run_folder, latest=None):
         end_if_interrupted()
         eval_seconds += time.perf_counter() - started
         returns, lengths = (np.concatenate(part) for part in zip(*results))
-        record = dict(epoch=epoch, step=step)
-        record |= {name: value if epoch else None for name, value in zip(METRICS, metrics.double().mean(0).tolist())}
-        record |= dict(return_mean=float(returns.mean()), return_std=float(returns.std()), length_mean=float(lengths.mean()))
-        record["normalized_score"] = normalized_score(args.env, record["return_mean"])
-        records.append(record)
-        if RANK == 0:
-            for name in ("return_mean", "return_std", "length_mean", "normalized_score"):
-                if record[name] is not None:
-                    writer.add_scalar(f"eval/{name}", record[name], step)
-            score = show(record["normalized_score"], ".1f")
-            tqdm.write(f"epoch {epoch}: return {returns.mean():.1f} ± {returns.std():.1f}, normalized score {score}")
+        evaluation = dict(return_mean=float(returns.mean()), return_std=float(returns.std()), length_mean=float(lengths.mean()))
+        evaluation["normalized_score"] = normalized_score(args.env, evaluation["return_mean"])
+        training = dict(zip(METRICS, metrics.double().mean(0).tolist() if epoch else [None] * len(METRICS)))
+        records.append(dict(epoch=epoch, step=step, **training, **evaluation))
+        log("eval", evaluation)
+        score = show(evaluation["normalized_score"], ".1f")
+        tqdm.write(f"epoch {epoch}: return {returns.mean():.1f} ± {returns.std():.1f}, normalized score {score}")
         if epoch in args.save_epochs or epoch == args.num_epochs:
             save_checkpoint(f"epoch_{epoch}")
-        if epoch and record is max(records[1:], key=lambda record: record["return_mean"]):
+        best = max(records[1:], key=lambda record: record["return_mean"], default=None)
+        if best is records[-1]:
             save_checkpoint("best")
         save_latest()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
     best = max(records[1:], key=lambda record: record["return_mean"])
     last_quarter = [record["normalized_score"] for record in records[-max(1, args.num_epochs // 4) :]]
-    same = ("backbone", "env", "context_length", "seed", "sample", "device", "precision")
-    summary = dict(script=SCRIPT, **{name: getattr(args, name) for name in same}, backbone_source=backbone_source)
-    summary |= dict(dataset=data.dataset_id, dataset_steps=len(data.states), dataset_episodes=data.num_episodes)
-    summary |= dict(processes=WORLD_SIZE, parameters=num_parameters, steps=step, epochs=records, best_epoch=best["epoch"])
-    summary |= dict(
-        best_normalized_score=best["normalized_score"],
-        final_normalized_score=records[-1]["normalized_score"],
+    summary = dict(
+        script=SCRIPT, backbone=args.backbone, env=args.env, context_length=args.context_length, seed=args.seed,
+        sample=args.sample, device=args.device, precision=args.precision, backbone_source=backbone_source,
+        dataset=data.dataset_id, dataset_steps=len(data.states), dataset_episodes=data.num_episodes, processes=WORLD_SIZE,
+        parameters=num_parameters, steps=step, epochs=records, best_epoch=best["epoch"],
+        best_normalized_score=best["normalized_score"], final_normalized_score=records[-1]["normalized_score"],
         mean_last_quarter_normalized_score=None if None in last_quarter else float(np.mean(last_quarter)),
-    )
-    summary |= dict(steps_per_second=step / train_seconds, train_seconds=train_seconds, eval_seconds=eval_seconds)
+        steps_per_second=step / train_seconds, train_seconds=train_seconds, eval_seconds=eval_seconds,
+    )  # fmt: skip
+    save_json(run_folder / "summary.json", summary)
     if RANK == 0:
-        save_json(run_folder / "summary.json", summary)
         writer.close()
         print_table(records, summary)
     return summary, history
@@ -1055,6 +1042,19 @@ def train(args, run_folder, latest=None):
 
 COLORS = {"gpt2": "#0072B2", "igpt": "#D55E00", "igpt-as-gpt2": "#E69F00", "random": "#555555", "random-gpt2": "#009E73"}
 OTHER_COLOR = "#CC79A7"  # Okabe and Ito's palette: also for the colour-blind
+
+
+def color_of(backbone):
+    return COLORS.get(backbone, OTHER_COLOR)
+
+
+def new_figure(title, width, height):
+    """An empty matplotlib figure, width and height in inches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(title)
+    return figure
 
 
 def save_figure(figure, run_folder, name, step):
@@ -1067,17 +1067,17 @@ def save_figure(figure, run_folder, name, step):
 
 
 def parse_arguments():
-    """Return the arguments as given, the others from the run to resume or the sample, and the checkpoint to resume."""
-    args, latest = tyro.cli(Args, description=__doc__), None
+    """Return the arguments as given; what is not given comes from the run to resume, or from the sample."""
+    args = tyro.cli(Args, description=__doc__)
     if args.resume:
-        latest = read_latest(args.resume)
-        args = tyro.cli(Args, default=Args(**latest["args"]))
-        names = changed(asdict(args), latest["args"])
+        before = read_latest(args.resume)["args"]
+        args = tyro.cli(Args, default=Args(**before))
+        names = changed(asdict(args), before)
         if names:
             stop(f"--{', --'.join(names).replace('_', '-')} cannot change when a run is resumed; leave out or start a new run.")
     elif args.sample:
         args = tyro.cli(Args, default=SAMPLE)
-    return args, latest
+    return args
 
 
 # ======================================================================================================================
@@ -1326,27 +1326,61 @@ def answer(asked, windows, representations, args, description):
 
 
 # ======================================================================================================================
+# Study: several runs, trained here or earlier, and what is kept of them
+# ======================================================================================================================
+def open_study(args):
+    """Return the arguments of all runs together, and the folder of the study; one is resumed by any of its runs."""
+    if args.resume:  # its arguments are resolved for one backbone, those of the study are in one of them
+        may_change = {name: getattr(args, name) for name in MAY_CHANGE if hasattr(args, name)}
+        given = {name: tuple(x) if isinstance(x, list) else x for name, x in json.loads(args.study).items()}
+        args = Args(**{**given, **may_change})
+    args.run_name = args.run_name or f"{args.env}__{SCRIPT}__{args.seed}__{int(time.time())}"
+    args.save_epochs = tuple(sorted({0, *args.save_epochs, *args.epochs}))
+    study = Path(args.resume).parent if args.resume else Path("runs") / args.run_name
+    if study.exists() and not args.resume:
+        stop(f"{study} already exists; choose another --run-name.")
+    return args, study
+
+
+def run_args(args, backbone, **changes):
+    """Return the arguments of the study's run that starts from `backbone`."""
+    if backbone not in ("random", "random-gpt2"):
+        changes |= dict(n_layer=None, n_head=None, n_embd=None, activation=None)
+    return resolve(replace(args, backbone=backbone, study=json.dumps(asdict(args)), **changes))
+
+
+def finished_run(folder, epochs):
+    """Return the records per epoch of the finished run in `folder`, which must have checkpoints of these epochs."""
+    try:
+        records = json.loads((folder / "summary.json").read_text())["epochs"]
+    except (OSError, ValueError, KeyError) as error:
+        stop(f"{folder} cannot be analysed, it is no folder of a finished run: {first_line(error)}.")
+    for epoch in epochs:
+        if not (folder / "checkpoints" / f"epoch_{epoch}.pt").exists():
+            stop(f"{folder} cannot be analysed, it has no checkpoint of epoch {epoch}; train it with --save-epochs 0 {epoch}.")
+    return records
+
+
+def load_checkpoint(folder, epoch):
+    return torch.load(folder / "checkpoints" / f"epoch_{epoch}.pt", map_location="cpu", weights_only=True, mmap=True)
+
+
+def check_epochs(args):
+    """Refuse epochs that will not be trained, or were not."""
+    beyond = [] if args.runs else [epoch for epoch in args.epochs if not 0 <= epoch <= args.num_epochs]
+    if beyond:
+        stop(f"--epochs {beyond[0]} is not between 0 and --num-epochs {args.num_epochs}.")
+    for folder in args.runs:
+        finished_run(Path(folder), args.epochs or (0,))
+
+
+# ======================================================================================================================
 # Analysis: the models before and after fine-tuning
 # ======================================================================================================================
 def chosen_steps(args, context_length):
     """The time steps of a window at which information is estimated; the last is always one of them."""
     count = min(args.mine_steps or context_length, context_length)
     return sorted({round(step) for step in np.linspace(context_length - 1, 0, count)})
-
-
-def read_checkpoints(folder, epochs):
-    """The checkpoints of the two `epochs` of a finished run, before and after; without `epochs`, 0 and the last."""
-    try:
-        last = len(json.loads((folder / "summary.json").read_text())["epochs"]) - 1
-    except (OSError, ValueError, KeyError) as error:
-        stop(f"{folder} cannot be analysed, it is no folder of a finished run: {first_line(error)}.")
-    found = []
-    for epoch in epochs or (0, last):
-        path = folder / "checkpoints" / f"epoch_{epoch}.pt"
-        if not path.exists():
-            stop(f"{folder} cannot be analysed, it has no checkpoint of epoch {epoch}; train it with --save-epochs 0 {epoch}.")
-        found.append(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-    return found
 
 
 def same_question(checkpoints):
@@ -1393,7 +1427,10 @@ def measure_information_in_data(windows, args):
 
 def analyse(folders, args):
     """Analyse finished runs in float32, all on the same windows; returns one result per run and the answers about the data."""
-    pairs = [read_checkpoints(folder, args.epochs) for folder in folders]
+    pairs = []
+    for folder in folders:
+        last = len(finished_run(folder, args.epochs or (0,))) - 1
+        pairs.append([load_checkpoint(folder, epoch) for epoch in args.epochs or (0, last)])
     shared = same_question([after for _, after in pairs])
     data_args = replace(args, env=shared["env"], dataset=shared["dataset"])
     data = load_data(data_args, make_env(data_args, 1))
@@ -1406,7 +1443,7 @@ def analyse(folders, args):
     results = []
     for folder, (before, after) in zip(folders, tqdm(pairs, desc="analysis", unit="model")):
         trained_with = after["args"]
-        label = trained_with.get("member") or backbone_name(replace(args, backbone=trained_with["backbone"]))
+        label = trained_with.get("member") or backbone_name(trained_with["backbone"])
         result = dict(label=label, folder=str(folder), epochs=(before["epoch"], after["epoch"]), seed=trained_with["seed"])
         result |= dict(shared, num_blocks=after["architecture"]["config"]["n_layer"])
         result["grams"] = compare_layers(before, after, cka_windows, args) if args.cka_windows else None
@@ -1422,23 +1459,15 @@ def analyse(folders, args):
 # Figures
 # ======================================================================================================================
 MARKERS = {"return": "^", "state": "o", "action": "x"}
+DEPTHS = ("shallow", "middle", "deep")
 
 
-def color_of(result):
-    return COLORS.get(result["label"], OTHER_COLOR)
-
-
-def new_figure(results, args, what, width, height):
-    """An empty figure whose title says what, on which environment, backbones, K, seed, and whether it is the sample."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
+def title(results, args, what):
+    """What a figure shows, of which environment, K, seeds and epochs, and whether it is the sample."""
     seeds = ", ".join(sorted({str(r["seed"]) for r in results}))
     epochs = ", ".join(sorted({f"{before} and {after}" for before, after in (r["epochs"] for r in results)}))
-    sample = ", bundled sample" if args.sample else ""
-    shared = f"{results[0]['env']}, K = {results[0]['context_length']}, seed {seeds}, epochs {epochs}{sample}"
-    figure.suptitle(f"{what}\n{shared}", fontsize="medium")
-    return figure
+    of = f"{results[0]['env']}, K = {results[0]['context_length']}, seed {seeds}, epochs {epochs}{', bundled sample' * args.sample}"
+    return f"{what}\n{of}"
 
 
 def similarity(result, token):
@@ -1448,15 +1477,15 @@ def similarity(result, token):
 
 def plot_cka(results, args):
     """CKA of every layer before and after fine-tuning over depth, LayerNorms marked (section 5.1)."""
-    figure = new_figure(results, args, f"CKA before and after fine-tuning, {args.cka_windows} windows", 15, 4.5)
+    figure = new_figure(title(results, args, f"CKA before and after fine-tuning, {args.cka_windows} windows"), 15, 4.5)
     num_blocks = min(r["num_blocks"] for r in results)
     depth = (np.arange(num_blocks * len(LAYERS)) + 0.5) / (num_blocks * len(LAYERS))
     norms = [i for i, name in enumerate(layer_names(num_blocks)) if ".ln_" in name]
     for axes, token in zip(figure.subplots(1, 3, sharey=True), TOKENS):
         for r in results:
             values = align(similarity(r, token), num_blocks)
-            axes.plot(depth, values, color=color_of(r), label=r["name"], marker=".", markersize=3, linewidth=1)
-            axes.plot(depth[norms], values[norms], "D", color=color_of(r), markersize=5)
+            axes.plot(depth, values, color=color_of(r["label"]), label=r["name"], marker=".", markersize=3, linewidth=1)
+            axes.plot(depth[norms], values[norms], "D", color=color_of(r["label"]), markersize=5)
         axes.axhline(args.cka_threshold, color="black", linestyle="--", linewidth=0.8)
         axes.set(
             title=f"{token} token of the last step",
@@ -1470,30 +1499,27 @@ def plot_cka(results, args):
 
 
 def heat_maps(results, token):
-    """CKA matrices by title and names of the models in rows and columns: each before and after, the fine-tuned ones in pairs."""
-    maps = {}
-    for when in ("before", "after"):
-        for r in results:
-            maps[f"{r['name']}, {when}", r["name"], r["name"]] = cka(r["grams"][when, token], r["grams"][when, token])
-    for i, a in enumerate(results):
-        for b in results[i + 1 :]:
-            title = f"{a['name']} and {b['name']}, after"
-            maps[title, a["name"], b["name"]] = cka(a["grams"]["after", token], b["grams"]["after", token])
-    return maps
+    """CKA matrices (title, model in rows, model in columns, values): each before and after, the fine-tuned ones in pairs."""
+    panels = [(f"{r['name']}, {when}", r, r, when) for when in ("before", "after") for r in results]
+    panels += [(f"{a['name']} and {b['name']}, after", a, b, "after") for a, b in itertools.combinations(results, 2)]
+    return [
+        (heading, a["name"], b["name"], cka(a["grams"][when, token], b["grams"][when, token]).numpy())
+        for heading, a, b, when in panels
+    ]
 
 
 def plot_heat_maps(results, args, token):
-    """Heat maps of `heat_maps`: rows and columns are layers in the order of computation (App. D)."""
+    """Draw `heat_maps`: rows and columns are layers in the order of computation (App. D)."""
     maps, columns = heat_maps(results, token), max(len(results), 2)
     rows = math.ceil(len(maps) / columns)
     what = f"CKA of all layers with all layers, {token} token of the last step, {args.cka_windows} windows"
-    figure = new_figure(results, args, what, 4 * columns + 1, 3.8 * rows + 0.8)
+    figure = new_figure(title(results, args, what), 4 * columns + 1, 3.8 * rows + 0.8)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for unused in axes[len(maps) :]:
         unused.set_axis_off()
-    for panel, ((title, in_rows, in_columns), values) in zip(axes, maps.items()):
+    for panel, (heading, in_rows, in_columns, values) in zip(axes, maps):
         image = panel.imshow(values, vmin=0, vmax=1, cmap="viridis", origin="lower")
-        panel.set(title=title, xlabel=f"layer of {in_columns}", ylabel=f"layer of {in_rows}")
+        panel.set(title=heading, xlabel=f"layer of {in_columns}", ylabel=f"layer of {in_rows}")
     figure.colorbar(image, ax=list(axes), label="linear CKA, debiased", shrink=0.5)
     return figure
 
@@ -1504,43 +1530,44 @@ def estimate_names(args):
     return dict(reversed(names.items())) if args.mine_paper_settings else names
 
 
-def mine_title(args, what):
+def with_settings(args, what):
     settings = "the paper's settings" if args.mine_paper_settings else "MINE"
     repeats = f"{args.mine_repeats} repeat{'s' * (args.mine_repeats > 1)}"
     return f"{what}: {settings}, {args.mine_windows:,} windows, {args.mine_passes:,} passes, {repeats}"
 
 
-def select(answers, control=False, **properties):
-    return [a for a in answers if a["control"] == control and all(a[name] == value for name, value in properties.items())]
+def select(answers, **properties):
+    """The answers to questions with these properties, in the order in which they were asked."""
+    return [a for a in answers if all(a[name] == value for name, value in properties.items())]
 
 
 def plot_information(results, args):
     """Information over the position of the token, in three blocks: triangles return, circles state, crosses action (Fig. 2)."""
-    depths = ("shallow", "middle", "deep")
-    figure = new_figure(results, args, mine_title(args, "information of the representation about input X and label Y"), 14, 14)
+    what = with_settings(args, "information of the representation about input X and label Y")
+    figure = new_figure(title(results, args, what), 14, 14)
     grid = figure.subplots(4, 3, sharex=True, sharey="row")
     last = results[0]["context_length"] - 1
     rows = [(quantity, estimate) for quantity in ("I(X;T)", "I(Y;T)") for estimate in estimate_names(args)]
     for panels, (quantity, estimate) in zip(grid, rows):
         for r in results:
-            context = [a for a in r["information"] if a["analysis"] == "context" and a["quantity"] == quantity]
-            blocks = sorted({a["block"] for a in context})
-            for axes, block, depth in zip(panels, blocks, depths):
+            context = select(r["information"], analysis="context", quantity=quantity)
+            blocks, color = sorted({a["block"] for a in context}), color_of(r["label"])
+            for axes, block, depth in zip(panels, blocks, DEPTHS):
                 for token, marker in MARKERS.items():
-                    points = select(context, block=block, token=token)
+                    points = select(context, control=False, block=block, token=token)
                     if not points:  # without context there is no action before the last one
                         continue
-                    values = np.array([a[estimate] for a in points])
-                    style = dict(color=color_of(r), marker=marker, markersize=5, linewidth=0.6, elinewidth=0.8, capsize=2)
+                    values = np.array([a[estimate] for a in points])  # [steps, repeats]
+                    style = dict(color=color, marker=marker, markersize=5, linewidth=0.6, elinewidth=0.8, capsize=2)
                     axes.errorbar([a["step"] - last for a in points], values.mean(1), values.std(1), **style)
                 control = np.nanmean([a[estimate] for a in select(context, control=True, block=block)])
-                axes.axhline(control, color=color_of(r), linestyle="--", linewidth=1)
+                axes.axhline(control, color=color, linestyle="--", linewidth=1)
                 axes.set_title(f"{depth} block, read off {estimate_names(args)[estimate]}", fontsize="medium")
         panels[0].set_ylabel(f"{quantity}, nats")
     for axes in grid[-1]:
         axes.set_xlabel("time step of the token, 0 the last")
         axes.xaxis.get_major_locator().set_params(integer=True)
-    handles = [axes.plot([], [], color=color_of(r), label=r["name"])[0] for r in results]
+    handles = [axes.plot([], [], color=color_of(r["label"]), label=r["name"])[0] for r in results]
     handles += [axes.plot([], [], marker, color="black", label=token)[0] for token, marker in MARKERS.items()]
     handles += axes.plot([], [], "--", color="black", label="control: data shuffled")
     figure.legend(handles=handles, loc="outside lower center", ncols=8, frameon=False)
@@ -1549,21 +1576,21 @@ def plot_information(results, args):
 
 def plot_no_context(results, args):
     """Information about the same step's state and action in every block, mean and spread over the steps (App. E)."""
-    what = mine_title(args, "information of T(s_t) about the same step's state and action")
-    figure = new_figure(results, args, what, 12, 8)
+    what = with_settings(args, "information of T(s_t) about the same step's state and action")
+    figure = new_figure(title(results, args, what), 12, 8)
     grid = figure.subplots(2, 2, sharex=True, sharey="col")
     for panels, (estimate, description) in zip(grid, estimate_names(args).items()):
         for axes, (quantity, formula) in zip(panels, {"I(X;T)": "I(s_t; T(s_t))", "I(Y;T)": "I(a_t; T(s_t))"}.items()):
             for r in results:
+                answers, color = select(r["information"], analysis="no context", quantity=quantity), color_of(r["label"])
                 depth = (np.arange(r["num_blocks"]) + 0.5) / r["num_blocks"]
-                per_block = per_block_information(r, quantity, estimate)
-                mean, spread = np.nanmean(per_block, axis=1), np.nanstd(per_block, axis=1)
-                axes.plot(depth, mean, color=color_of(r), marker="o", markersize=4, label=r["name"])
-                axes.fill_between(depth, mean - spread, mean + spread, color=color_of(r), alpha=0.2, linewidth=0)
-                controls = [
-                    a[estimate] for a in select(r["information"], control=True, analysis="no context", quantity=quantity)
-                ]
-                axes.axhline(np.nanmean(controls), color=color_of(r), linestyle="--", linewidth=1)
+                values = np.mean([a[estimate] for a in select(answers, control=False)], axis=1)
+                values = values.reshape(r["num_blocks"], -1)  # [blocks, steps]
+                mean, spread = np.nanmean(values, axis=1), np.nanstd(values, axis=1)
+                axes.plot(depth, mean, color=color, marker="o", markersize=4, label=r["name"])
+                axes.fill_between(depth, mean - spread, mean + spread, color=color, alpha=0.2, linewidth=0)
+                control = np.nanmean([a[estimate] for a in select(answers, control=True)])
+                axes.axhline(control, color=color, linestyle="--", linewidth=1)
             axes.set(ylabel=f"{formula}, nats", title=f"read off {description}")
     for axes in grid[-1]:
         axes.set_xlabel("depth, 0 first block, 1 last")
@@ -1572,25 +1599,16 @@ def plot_no_context(results, args):
     return figure
 
 
-def per_block_information(result, quantity, estimate):
-    """Estimates of App. E averaged over repeats: [blocks, steps]."""
-    answers = [
-        select(result["information"], analysis="no context", quantity=quantity, block=b) for b in range(result["num_blocks"])
-    ]
-    return np.array([[np.mean(a[estimate]) for a in of_block] for of_block in answers])
-
-
 def plot_data_information(results, in_data, args):
     """Information between action and state or return-to-go of the same step, one point per step (App. H.2)."""
-    figure = new_figure(results, args, mine_title(args, "information in the data itself"), 9, 4.5)
+    figure = new_figure(title(results, args, with_settings(args, "information in the data itself")), 9, 4.5)
     for axes, (estimate, description) in zip(figure.subplots(1, 2, sharey=True), estimate_names(args).items()):
-        quantities = {"I(s;a)": "I(s_t; a_t)", "I(R;a)": "I(R_t; a_t)"}
-        values = [[np.mean(a[estimate]) for a in select(in_data, quantity=quantity)] for quantity in quantities]
-        axes.boxplot([np.array(v)[np.isfinite(v)] for v in values], tick_labels=list(quantities.values()))
-        for i, (quantity, of_steps) in enumerate(zip(quantities, values)):
-            axes.plot(np.full(len(of_steps), i + 1), of_steps, ".", color=OTHER_COLOR, markersize=4)
-            control = np.mean(select(in_data, control=True, quantity=quantity)[0][estimate])
-            axes.hlines(control, i + 0.7, i + 1.3, color="black", linestyle="--", linewidth=1)
+        for place, (quantity, formula) in enumerate({"I(s;a)": "I(s_t; a_t)", "I(R;a)": "I(R_t; a_t)"}.items(), start=1):
+            values = np.mean([a[estimate] for a in select(in_data, control=False, quantity=quantity)], axis=1)  # [steps]
+            axes.boxplot([values[np.isfinite(values)]], positions=[place], widths=0.3, tick_labels=[formula])
+            axes.plot(np.full(len(values), place), values, ".", color=OTHER_COLOR, markersize=4)
+            (control,) = select(in_data, control=True, quantity=quantity)
+            axes.hlines(np.mean(control[estimate]), place - 0.3, place + 0.3, color="black", linestyle="--", linewidth=1)
         axes.set_title(f"read off {description}", fontsize="medium")
     figure.axes[0].set_ylabel("nats (dashed: data shuffled)")
     return figure
@@ -1633,50 +1651,36 @@ def print_similarity(results, args):
 
 def print_information(results, in_data, args):
     """Print both estimates per model and block beside those of shuffled data, and how many estimators diverged."""
+
+    def cell(answers):
+        return " / ".join(f"{np.nanmean([a[estimate] for a in answers]):.2f}" for estimate in estimate_names(args))
+
     width = max(len(r["name"]) for r in results) + 2
-    print("\n" + mine_title(args, "Information in nats") + "; read off " + " / ".join(estimate_names(args).values()))
-    print(" " * (width + 8) + "".join(f"{name:>16}" for name in ("shallow", "middle", "deep", "data shuffled")))
+    print("\n" + with_settings(args, "Information in nats") + "; read off " + " / ".join(estimate_names(args).values()))
+    print(" " * (width + 8) + "".join(f"{name:>16}" for name in (*DEPTHS, "data shuffled")))
     for r in results:
         for quantity in ("I(X;T)", "I(Y;T)"):
-            context = [a for a in r["information"] if a["analysis"] == "context" and a["quantity"] == quantity]
-            blocks = [select(context, block=block) for block in sorted({a["block"] for a in context})]
-            cells = [mean_estimates(answers, args) for answers in (*blocks, select(context, control=True))]
-            print(r["name"].ljust(width) + quantity.ljust(8) + "".join(f"{cell:>16}" for cell in cells))
+            context = select(r["information"], analysis="context", quantity=quantity)
+            cells = [cell(select(context, control=False, block=block)) for block in sorted({a["block"] for a in context})]
+            cells.append(cell(select(context, control=True)))
+            print(r["name"].ljust(width) + quantity.ljust(8) + "".join(f"{text:>16}" for text in cells))
     for quantity in ("I(s;a)", "I(R;a)"):
-        value, control = (mean_estimates(select(in_data, c, quantity=quantity), args) for c in (False, True))
+        value, control = (cell(select(in_data, control=control, quantity=quantity)) for control in (False, True))
         print(f"in the data, {quantity}: {value}, data shuffled {control}")
     answers = [a for r in results for a in r["information"]] + in_data
     missing = sum(int(np.isnan([a["held_out"], a["training"]]).any(axis=0).sum()) for a in answers)
     print(f"{missing} of {len(answers) * args.mine_repeats} estimators diverged and are missing.")
 
 
-def mean_estimates(answers, args):
-    """Both estimates as text, each averaged over tokens, steps and repeats."""
-    return " / ".join(f"{np.nanmean([a[estimate] for a in answers]):.2f}" for estimate in estimate_names(args))
-
-
 # ======================================================================================================================
 # Experiment
 # ======================================================================================================================
-def members(args):
-    """Arguments of each run to train, by the name of its folder."""
-    runs, study = {}, json.dumps(asdict(args))
-    for backbone in args.backbones:
-        is_random = backbone in ("random", "random-gpt2")
-        own = {} if is_random else dict(n_layer=None, n_head=None, n_embd=None, activation=None)
-        runs[Path(backbone).name] = resolve(replace(args, backbone=backbone, study=study, **own))
-    return runs
-
-
 def check(args):
     """Refuse what only this script has and cannot work, before anything is trained; returns the arguments resolved."""
     if args.mine_paper_settings:
         args = replace(args, mine_windows=100, mine_batch_size=50, mine_passes=1000)
     if args.epochs and len(args.epochs) != 2:
         stop(f"--epochs takes the two epochs to compare, such as 0 40, but has {len(args.epochs)}.")
-    beyond = [] if args.runs else [epoch for epoch in args.epochs if not 0 <= epoch <= args.num_epochs]
-    if beyond:
-        stop(f"--epochs {beyond[0]} is not between 0 and --num-epochs {args.num_epochs}.")
     if 0 < args.cka_windows < 4 or args.cka_windows < 0:
         stop("--cka-windows must be at least 4, which the debiased estimator needs, or 0 to leave CKA out.")
     if args.mine_windows < 0 or min(args.mine_batch_size, args.mine_passes, args.mine_repeats, args.mine_group) < 1:
@@ -1685,74 +1689,48 @@ def check(args):
         stop("--mine-windows must not be below --mine-batch-size (0 leaves MINE out), and --mine-steps must be at least 1.")
     if not args.cka_windows and not args.mine_windows:
         stop("with --cka-windows 0 and --mine-windows 0 nothing is left to analyse.")
-    pairs = [read_checkpoints(Path(folder), args.epochs) for folder in args.runs]
-    if pairs:
-        same_question([after for _, after in pairs])
+    check_epochs(args)
+    if args.runs:
+        same_question([load_checkpoint(Path(folder), (args.epochs or (0,))[-1]) for folder in args.runs])
     return args
 
 
-def give_up(folders):
-    """Let Ctrl-C or SIGTERM end the analysis with a sentence: the models are trained and kept."""
-
-    def say(number, frame):
-        how = f"python {SCRIPT}.py --runs {' '.join(map(str, folders))}"
-        tqdm.write(f"interrupted; the models are kept, analyse them with: {how}", file=sys.stderr)
-        raise SystemExit(128 + number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, say)
-
-
 def numbers(results, in_data, args):
-    """Every number that a figure shows: a dict for JSON, and the heat maps for an .npz file."""
-    arrays, runs = {}, []
+    """Every number that a figure shows, but for the heat maps."""
+    runs = []
     for r in results:
         run = {name: value for name, value in r.items() if name != "grams"}
         if args.cka_windows:
             run["layers"] = layer_names(r["num_blocks"])
-            run["cka"] = {token: similarity(r, token).tolist() for token in TOKENS}
+            run["cka"] = {token: similarity(r, token) for token in TOKENS}
             run["above_threshold"] = {token: above_threshold(r, token, args.cka_threshold) for token in TOKENS}
         runs.append(run)
-    if args.cka_windows:
-        arrays = {f"{token}: {title}": x.numpy() for token in TOKENS for (title, *_), x in heat_maps(results, token).items()}
-    content = dict(args=asdict(args), runs=runs, data=in_data)
-    as_lists = json.dumps(content, default=lambda array: array.tolist())
-    return json.loads(as_lists, parse_constant=lambda name: None), arrays  # JSON has no NaN
+    return dict(args=asdict(args), runs=runs, data=in_data)
 
 
 if __name__ == "__main__":
-    args, latest = parse_arguments()
-    if latest is not None:  # of one of the runs; which ones there are is in the arguments as they were given
-        may_change = {name: getattr(args, name) for name in MAY_CHANGE if hasattr(args, name)}
-        given = {name: tuple(x) if isinstance(x, list) else x for name, x in json.loads(args.study).items()}
-        args = Args(**{**given, **may_change})
+    args, study = open_study(parse_arguments())
     args = check(args)
-    args.run_name = args.run_name or f"{args.env}__{SCRIPT}__{args.seed}__{int(time.time())}"
-    args.save_epochs = tuple(sorted({0, *args.save_epochs, *args.epochs}))
-    study = Path(args.resume).parent if args.resume else Path("runs") / args.run_name
-    if study.exists() and not args.resume:
-        stop(f"{study} already exists; choose another --run-name.")
-    runs = {} if args.runs else members(args)
+    runs = {} if args.runs else {Path(backbone).name: run_args(args, backbone) for backbone in args.backbones}
     analysis_args = resolve(replace(args, precision="fp32"))
     with processes(), explained(analysis_args):
-        for name, run_args in runs.items():
-            if not (study / name / "summary.json").exists():
-                has_latest = (study / name / "checkpoints" / "latest.pt").exists()
-                train(run_args, study / name, read_latest(study / name) if has_latest else None)
+        for name, arguments in runs.items():
+            train(arguments, study / name)
         if RANK == 0:
             folders = [study / name for name in runs] or [Path(folder) for folder in args.runs]
-            give_up(folders)
+            print(f"\nthe analysis follows; by itself: python {SCRIPT}.py --runs {' '.join(map(str, folders))}")
             warnings.filterwarnings("ignore", "Mean of empty slice|Degrees of freedom")  # where every estimate is missing
             results, in_data = analyse(folders, analysis_args)
             study.mkdir(parents=True, exist_ok=True)
-            content, arrays = numbers(results, in_data, args)
-            save_json(study / "results.json", content)
-            if arrays:
-                save(study / "cka.npz", lambda file: np.savez(file, **arrays))
+            save_json(study / "results.json", numbers(results, in_data, args))
             for name, figure in figures(results, in_data, args).items():
                 save_figure(figure, study, name, max(r["epochs"][1] for r in results))
             if args.cka_windows:
+                matrices = {f"{token}: {m[0]}": m[-1] for token in TOKENS for m in heat_maps(results, token)}
+                save(study / "cka.npz", lambda file: np.savez(file, **matrices))
                 print_similarity(results, args)
             if args.mine_windows:
                 print_information(results, in_data, args)
-            print(f"\n{study}: results.json, cka.npz and the figures; or: tensorboard --logdir runs")
+            print(
+                f"\n{study}: results.json, {'cka.npz ' * bool(args.cka_windows)}and the figures; or: tensorboard --logdir runs"
+            )

@@ -194,12 +194,14 @@ def resolve(args):
     elif Path(args.backbone).is_dir():
         args.backbone = str(Path(args.backbone).resolve())
     if args.run_name is None:
-        args.run_name = f"{args.env}__{SCRIPT}__{backbone_name(args)}__{args.seed}__{int(time.time())}".replace("/", "--")
+        args.run_name = f"{args.env}__{SCRIPT}__{backbone_name(args.backbone)}__{args.seed}__{int(time.time())}".replace(
+            "/", "--"
+        )
     return args
 
 
-def backbone_name(args):
-    return Path(args.backbone).name if os.path.isabs(args.backbone) else args.backbone
+def backbone_name(backbone):
+    return Path(backbone).name if os.path.isabs(backbone) else backbone
 
 
 def first_line(error):
@@ -229,24 +231,12 @@ class GPTConfig:
     embd_dropout: float = 0.1
 
 
-class ImageGPTLayerNorm(nn.Module):
-    """ImageGPT's normalization: no mean subtraction and no bias (transformers: ImageGPTLayerNorm)."""
-
-    def __init__(self, width, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x):
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
-
-
 class QuickGELU(nn.Module):
     def forward(self, x):
         return x * torch.sigmoid(1.702 * x)
 
 
-LAYER_NORMS = {"gpt2": nn.LayerNorm, "imagegpt": ImageGPTLayerNorm}
+LAYER_NORMS = {"gpt2": nn.LayerNorm, "imagegpt": nn.RMSNorm}  # ImageGPT subtracts no mean and has no bias
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "gelu_new": lambda: nn.GELU(approximate="tanh"), "quick_gelu": QuickGELU}
 
 
@@ -383,7 +373,7 @@ def load_backbone(args):
     source = HUB_IDS.get(args.backbone, args.backbone)
     if args.sample and args.backbone in SAMPLE_FOLDERS:
         source = str(ASSETS / SAMPLE_FOLDERS[args.backbone])
-    checkpoint, report = read_checkpoint(source)
+    checkpoint, report = read_pretrained(source)
     missing = [*report["missing_keys"], *report["mismatched_keys"]]
     left_over = [key for key in report["unexpected_keys"] if key != "lm_head.weight"]
     if missing or left_over:
@@ -408,7 +398,7 @@ def load_backbone(args):
     return config, weights, source
 
 
-def read_checkpoint(source):
+def read_pretrained(source):
     """Load a transformers GPT2Model or ImageGPTModel in float32 from a folder, the hub's cache or the hub.
 
     Returns the model and transformers' report of missing, unexpected and mismatched keys.
@@ -639,12 +629,11 @@ def action_range(env):
 
 
 @torch.no_grad()
-def evaluate(model, env, data, args, seeds, after_step=None):
+def evaluate(model, env, data, args, seeds):
     """Play one episode in each copy of `env`, started with these seeds and asking for `args.target_return`.
 
     Returns the episodes' undiscounted returns and lengths in steps, both [episodes]. As in the Decision Transformer's
     evaluation, the return-to-go falls by each reward and the model sees the last K steps. A signal cuts it short.
-    `after_step`, if given, is called with the number of every step that has been made.
     """
     model.eval()
     num_episodes, K = env.num_envs, args.context_length
@@ -677,8 +666,6 @@ def evaluate(model, env, data, args, seeds, after_step=None):
         returns_to_go[:, t + 1, 0] = returns_to_go[:, t, 0] - torch.as_tensor(rewards / RETURN_SCALE, device=args.device)
         running &= ~(terminated | truncated)
         bar.update()
-        if after_step:
-            after_step(t)
         if SIGNALS or not running.any():
             break
     bar.close()
@@ -740,7 +727,10 @@ class TrainingStep:
         max_grad_norm = args.max_grad_norm or math.inf
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm)
         self.optimizer.step()
-        return torch.stack([loss.detach(), saturated, grad_norm, (grad_norm > max_grad_norm).float()])
+        shares = torch.stack([loss.detach(), saturated])
+        if WORLD_SIZE > 1:
+            torch.distributed.all_reduce(shares)
+        return torch.stack([*shares, grad_norm, (grad_norm > max_grad_norm).float()])
 
     def __call__(self, starts):
         if self.eager_steps == math.inf:
@@ -783,19 +773,11 @@ def all_processes(value):
     return values
 
 
-def add_over_processes(metrics):
-    """Put the sum over processes in place of loss and saturated share [steps, 4]; the gradient is already everyone's."""
-    if WORLD_SIZE > 1:
-        parts = metrics[:, :2].contiguous()
-        torch.distributed.all_reduce(parts)
-        metrics[:, :2] = parts
-    return metrics
-
-
 # ======================================================================================================================
 # Interruptions: whole files, known failures, checkpoints to go on from
 # ======================================================================================================================
 SIGNALS = []  # SIGINT or SIGTERM, once one has come; the training step under way is finished first
+COST_MEMORY = ("batch_size", "context_length", "num_eval_episodes", "chunk_size", "mine_windows", "mine_group")
 MAY_CHANGE = ("num_epochs", "save_epochs", "capture_video", "device", "resume")  # what a resumed run may be given anew
 
 
@@ -805,7 +787,9 @@ def remember_signal(number, frame):
 
 
 def save(path, write):
-    """Call write(file) on a temporary file and move it to `path`: the file appears whole or not at all."""
+    """Call write(file) on a temporary file and move it to `path`: it appears whole or not at all. Only rank 0 writes."""
+    if RANK > 0:
+        return
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -822,6 +806,8 @@ def save(path, write):
 
 
 def save_json(path, content):
+    """Write numbers, texts, arrays, and lists and dicts of them; JSON has no NaN, so that it becomes null."""
+    content = json.loads(json.dumps(content, default=lambda array: array.tolist()), parse_constant=lambda name: None)
     save(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
 
 
@@ -830,12 +816,14 @@ def explained(args):
     """Turn the failures of a run that a user can do something about into one sentence."""
     try:
         yield
+    except KeyboardInterrupt:
+        tqdm.write("interrupted; finished runs and checkpoints are kept.", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT)
     except (RuntimeError, MemoryError, OSError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if isinstance(error, MemoryError) or "memory" in str(error):
-            stop(
-                f"{args.device} ran out of memory; lower --batch-size (now {args.batch_size}), --context-length (now "
-                f"{args.context_length}) or --num-eval-episodes (now {args.num_eval_episodes})."
-            )
+            costly = [name for name in COST_MEMORY if hasattr(args, name)]
+            sizes = ", ".join(f"--{name.replace('_', '-')} (now {getattr(args, name)})" for name in costly)
+            stop(f"{args.device} ran out of memory; lower one of {sizes}.")
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             stop(f"the disk is full ({first_line(error)}); make room and go on with --resume, the last checkpoint is good.")
         raise
@@ -884,14 +872,15 @@ def print_table(records, summary):
     )
 
 
-def train(args, run_folder, latest=None):
-    """Train and evaluate as `args` say, going on from the checkpoint `latest` if it is not None.
+def train(args, run_folder):
+    """Train and evaluate as `args` say; a run that is resumed goes on from its latest checkpoint.
 
     Leaves checkpoints, TensorBoard events, args.json and summary.json in `run_folder`; returns the summary and the history
     of METRICS, one entry per logging interval.
     """
-    if not args.resume and run_folder.exists():
+    if run_folder.exists() and not args.resume:
         stop(f"{run_folder} already exists; choose another --run-name, or go on with it by --resume {run_folder}.")
+    latest = read_latest(run_folder) if (run_folder / "checkpoints" / "latest.pt").exists() else None
     if args.sample:
         print("This is the bundled sample: small backbones, small data, few steps. It is not the paper's experiment.")
 
@@ -909,7 +898,7 @@ def train(args, run_folder, latest=None):
         torch.distributed.barrier()
     model.to(args.device)
     num_parameters = sum(p.numel() for p in model.parameters())
-    print(f"{backbone_name(args)}: {num_parameters / 1e6:.1f} M parameters, from {backbone_source}")
+    print(f"{backbone_name(args.backbone)}: {num_parameters / 1e6:.1f} M parameters, from {backbone_source}")
     print(f"{args.env}: {len(data.states):,} steps in {data.num_episodes} episodes of {data.dataset_id}")
     print(f"{run_folder}: on {args.device} in {args.precision}, {WORLD_SIZE} process{'es' * (WORLD_SIZE > 1)}")
 
@@ -941,21 +930,25 @@ def train(args, run_folder, latest=None):
         print(f"going on after step {step}, with {len(records)} of {args.num_epochs + 1} evaluations done")
 
     if RANK == 0:
-        (run_folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        save_json(run_folder / "args.json", asdict(replace(args, resume=None)))
         from torch.utils.tensorboard import SummaryWriter
 
+        (run_folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         writer = SummaryWriter(run_folder, purge_step=step + 1 if latest else None)
         rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
         writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{rows}")
+    save_json(run_folder / "args.json", asdict(replace(args, resume=None)))
+
+    def log(group, values):
+        for name, value in values.items():
+            if RANK == 0 and value is not None:
+                writer.add_scalar(f"{group}/{name}", value, step)
 
     def save_checkpoint(name, **more):
         checkpoint = dict(
             script=SCRIPT, epoch=len(records) - 1, step=step, args=asdict(replace(args, resume=None)),
             architecture=architecture, model=model.state_dict(), state_mean=data.state_mean, state_std=data.state_std, **more,
         )  # fmt: skip
-        if RANK == 0:
-            save(run_folder / "checkpoints" / f"{name}.pt", lambda file: torch.save(checkpoint, file))
+        save(run_folder / "checkpoints" / f"{name}.pt", lambda file: torch.save(checkpoint, file))
 
     def save_latest():
         gpu_state = torch.cuda.get_rng_state(args.device) if on_gpu else None
@@ -974,8 +967,7 @@ def train(args, run_folder, latest=None):
                 tqdm.write(f"interrupted after step {step}; go on with: {how}", file=sys.stderr)
             raise SystemExit(128 + numbers[0])
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, remember_signal)
+    handlers = {number: signal.signal(number, remember_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     trained = nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
     training_step = TrainingStep(trained, optimizer, data, args)
     log_interval = max(1, args.steps_per_epoch // 25)
@@ -996,22 +988,18 @@ def train(args, run_folder, latest=None):
 
             logging = (row + 1) % log_interval == 0 or step == last_step
             if logging:  # the one place in the loop that waits for the device
-                block = add_over_processes(metrics[row // log_interval * log_interval : row + 1])
-                values = block.double().cpu().numpy()
+                values = metrics[row // log_interval * log_interval : row + 1].double().cpu().numpy()
                 finite = np.isfinite(values).all(axis=1)
                 if not finite.all():
-                    bad_step = step - len(values) + 1 + int(finite.argmin())
                     stop(
-                        f"loss or gradient is not finite in step {bad_step}; the checkpoints in {run_folder} are from before. "
-                        "Try a lower --learning-rate, --max-grad-norm 0.25 or --precision fp32."
+                        f"loss or gradient is not finite in step {step + 1 - len(finite) + finite.argmin()}; the checkpoints in "
+                        f"{run_folder} are from before. Try a lower --learning-rate, --max-grad-norm 0.25 or --precision fp32."
                     )
                 means = dict(zip(METRICS, values.mean(axis=0).tolist()))
                 history.append({"step": step, **means})
                 steps.set_postfix(loss=f"{means['loss']:.4f}", grad_norm=f"{means['grad_norm']:.3f}", refresh=False)
-                if RANK == 0:
-                    speed = len(values) / (time.perf_counter() - logged_at)
-                    for name, value in {**means, "learning_rate": learning_rate.item(), "steps_per_second": speed}.items():
-                        writer.add_scalar(f"train/{name}", value, step)
+                speed = len(values) / (time.perf_counter() - logged_at)
+                log("train", {**means, "learning_rate": learning_rate.item(), "steps_per_second": speed})
                 logged_at = time.perf_counter()
             if SIGNALS and WORLD_SIZE == 1 or logging and any(all_processes(bool(SIGNALS))):
                 break
@@ -1024,37 +1012,35 @@ def train(args, run_folder, latest=None):
         end_if_interrupted()
         eval_seconds += time.perf_counter() - started
         returns, lengths = (np.concatenate(part) for part in zip(*results))
-        record = dict(epoch=epoch, step=step)
-        record |= {name: value if epoch else None for name, value in zip(METRICS, metrics.double().mean(0).tolist())}
-        record |= dict(return_mean=float(returns.mean()), return_std=float(returns.std()), length_mean=float(lengths.mean()))
-        record["normalized_score"] = normalized_score(args.env, record["return_mean"])
-        records.append(record)
-        if RANK == 0:
-            for name in ("return_mean", "return_std", "length_mean", "normalized_score"):
-                if record[name] is not None:
-                    writer.add_scalar(f"eval/{name}", record[name], step)
-            score = show(record["normalized_score"], ".1f")
-            tqdm.write(f"epoch {epoch}: return {returns.mean():.1f} ± {returns.std():.1f}, normalized score {score}")
+        evaluation = dict(return_mean=float(returns.mean()), return_std=float(returns.std()), length_mean=float(lengths.mean()))
+        evaluation["normalized_score"] = normalized_score(args.env, evaluation["return_mean"])
+        training = dict(zip(METRICS, metrics.double().mean(0).tolist() if epoch else [None] * len(METRICS)))
+        records.append(dict(epoch=epoch, step=step, **training, **evaluation))
+        log("eval", evaluation)
+        score = show(evaluation["normalized_score"], ".1f")
+        tqdm.write(f"epoch {epoch}: return {returns.mean():.1f} ± {returns.std():.1f}, normalized score {score}")
         if epoch in args.save_epochs or epoch == args.num_epochs:
             save_checkpoint(f"epoch_{epoch}")
-        if epoch and record is max(records[1:], key=lambda record: record["return_mean"]):
+        best = max(records[1:], key=lambda record: record["return_mean"], default=None)
+        if best is records[-1]:
             save_checkpoint("best")
         save_latest()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
     best = max(records[1:], key=lambda record: record["return_mean"])
     last_quarter = [record["normalized_score"] for record in records[-max(1, args.num_epochs // 4) :]]
-    same = ("backbone", "env", "context_length", "seed", "sample", "device", "precision")
-    summary = dict(script=SCRIPT, **{name: getattr(args, name) for name in same}, backbone_source=backbone_source)
-    summary |= dict(dataset=data.dataset_id, dataset_steps=len(data.states), dataset_episodes=data.num_episodes)
-    summary |= dict(processes=WORLD_SIZE, parameters=num_parameters, steps=step, epochs=records, best_epoch=best["epoch"])
-    summary |= dict(
-        best_normalized_score=best["normalized_score"],
-        final_normalized_score=records[-1]["normalized_score"],
+    summary = dict(
+        script=SCRIPT, backbone=args.backbone, env=args.env, context_length=args.context_length, seed=args.seed,
+        sample=args.sample, device=args.device, precision=args.precision, backbone_source=backbone_source,
+        dataset=data.dataset_id, dataset_steps=len(data.states), dataset_episodes=data.num_episodes, processes=WORLD_SIZE,
+        parameters=num_parameters, steps=step, epochs=records, best_epoch=best["epoch"],
+        best_normalized_score=best["normalized_score"], final_normalized_score=records[-1]["normalized_score"],
         mean_last_quarter_normalized_score=None if None in last_quarter else float(np.mean(last_quarter)),
-    )
-    summary |= dict(steps_per_second=step / train_seconds, train_seconds=train_seconds, eval_seconds=eval_seconds)
+        steps_per_second=step / train_seconds, train_seconds=train_seconds, eval_seconds=eval_seconds,
+    )  # fmt: skip
+    save_json(run_folder / "summary.json", summary)
     if RANK == 0:
-        save_json(run_folder / "summary.json", summary)
         writer.close()
         print_table(records, summary)
     return summary, history
@@ -1062,6 +1048,19 @@ def train(args, run_folder, latest=None):
 
 COLORS = {"gpt2": "#0072B2", "igpt": "#D55E00", "igpt-as-gpt2": "#E69F00", "random": "#555555", "random-gpt2": "#009E73"}
 OTHER_COLOR = "#CC79A7"  # Okabe and Ito's palette: also for the colour-blind
+
+
+def color_of(backbone):
+    return COLORS.get(backbone, OTHER_COLOR)
+
+
+def new_figure(title, width, height):
+    """An empty matplotlib figure, width and height in inches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(title)
+    return figure
 
 
 def save_figure(figure, run_folder, name, step):
@@ -1074,17 +1073,17 @@ def save_figure(figure, run_folder, name, step):
 
 
 def parse_arguments():
-    """Return the arguments as given, the others from the run to resume or the sample, and the checkpoint to resume."""
-    args, latest = tyro.cli(Args, description=__doc__), None
+    """Return the arguments as given; what is not given comes from the run to resume, or from the sample."""
+    args = tyro.cli(Args, description=__doc__)
     if args.resume:
-        latest = read_latest(args.resume)
-        args = tyro.cli(Args, default=Args(**latest["args"]))
-        names = changed(asdict(args), latest["args"])
+        before = read_latest(args.resume)["args"]
+        args = tyro.cli(Args, default=Args(**before))
+        names = changed(asdict(args), before)
         if names:
             stop(f"--{', --'.join(names).replace('_', '-')} cannot change when a run is resumed; leave out or start a new run.")
     elif args.sample:
         args = tyro.cli(Args, default=SAMPLE)
-    return args, latest
+    return args
 
 
 # ======================================================================================================================
@@ -1154,45 +1153,29 @@ def measure_attention(run_folder, args):
 # Figures
 # ======================================================================================================================
 def read_run(folder):
-    """Return what the figures need of a finished run: label, colour, K and the curves per epoch."""
-    folder = Path(folder)
+    """Return what the figures and the table need of a finished run."""
     try:
-        summary = json.loads((folder / "summary.json").read_text())
-        run_args = json.loads((folder / "args.json").read_text())
+        summary, run_args = (json.loads((Path(folder) / name).read_text()) for name in ("summary.json", "args.json"))
     except (OSError, ValueError) as error:
         stop(f"{folder} cannot be compared with, it is no folder of a finished run: {first_line(error)}.")
-    epochs = summary["epochs"]
+    same = ("env", "context_length", "seed", "best_normalized_score", "epochs")
     name = Path(run_args.get("member") or summary["backbone"]).name
-    curves = {
-        key: [record[key] for record in epochs]
-        for key in ("epoch", "loss", "saturated_fraction", "return_mean", "normalized_score")
-    }
-    best = summary["best_normalized_score"]
-    return dict(
-        name=name,
-        folder=str(folder),
-        env=summary["env"],
-        context_length=summary["context_length"],
-        seed=summary["seed"],
-        best=best,
-        **curves,
-    )
+    return dict(name=name, folder=str(folder), **{key: summary[key] for key in same})
 
 
-def color_of(run):
-    return COLORS.get(run["name"], OTHER_COLOR)
+def curve(run, key):
+    """Epochs and values of what was measured in each epoch, without those in which it was not."""
+    return zip(*[(record["epoch"], record[key]) for record in run["epochs"] if record[key] is not None])
 
 
-def title(args, what=""):
-    sample = ", bundled sample" if args.sample else ""
-    return f"{args.env}, {what or backbone_name(args)}, K = {args.context_length}, seed {args.seed}{sample}"
+def title(args, what):
+    return f"{args.env}, {what}, K = {args.context_length}, seed {args.seed}{', bundled sample' * args.sample}"
 
 
 def plot_curves(runs, args):
     """Draw return, action error and saturation per epoch; K = 1 solid, longer contexts dashed (the paper's Fig. 8)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    what = f"{args.env}: fine-tuning with K = 1 (solid) and with context (dashed){', bundled sample' * args.sample}"
+    figure = new_figure(what, 13, 3.8)
     panels = {
         "return_mean": f"return of {args.num_eval_episodes} episodes",
         "loss": "mean squared action error",
@@ -1201,13 +1184,11 @@ def plot_curves(runs, args):
     for axes, (key, label) in zip(figure.subplots(1, len(panels)), panels.items()):
         for run in runs:
             style = "-" if run["context_length"] == 1 else "--"
-            points = [(e, y) for e, y in zip(run["epoch"], run[key]) if y is not None]
             text = f"{run['name']}, K = {run['context_length']}, seed {run['seed']}"
-            axes.plot(*zip(*points), style, marker="o", markersize=3, color=color_of(run), label=text)
+            axes.plot(*curve(run, key), style, marker="o", markersize=3, color=color_of(run["name"]), label=text)
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=5)
-    figure.suptitle(f"{args.env}: fine-tuning with K = 1 (solid) and with context (dashed){', bundled sample' * args.sample}")
     return figure
 
 
@@ -1222,51 +1203,41 @@ def moving_average(values, keep=0.8):
 def plot_blocks(runs, args):
     """Draw smoothed action error and return per epoch, one line per replaced block, beside the two reference models."""
     from matplotlib import colormaps
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    indices = [int(run["name"].removeprefix("block_")) for run in runs if run["name"].startswith("block_")]
-    depth = max(1, *indices)
-    for axes, (key, label) in zip(
-        figure.subplots(1, 2), {"loss": "mean squared action error", "return_mean": "return"}.items()
-    ):
+    figure = new_figure(title(args, f"one block of {backbone_name(args.backbone)} in a random model"), 11, 4.2)
+    depth = {run["name"]: int(run["name"].removeprefix("block_")) for run in runs if run["name"].startswith("block_")}
+    panels = {"loss": "mean squared action error", "return_mean": "return"}
+    for axes, (key, label) in zip(figure.subplots(1, 2), panels.items()):
         for run in runs:
-            points = [(e, y) for e, y in zip(run["epoch"], run[key]) if y is not None]
-            epochs, values = zip(*points)
-            if run["name"].startswith("block_"):
-                color, style = colormaps["viridis"](0.95 * int(run["name"].removeprefix("block_")) / depth), "-"
-            else:
-                color, style = color_of(run), "--"
+            epochs, values = curve(run, key)
+            color, style = color_of(run["name"]), "--"
+            if run["name"] in depth:
+                color, style = colormaps["viridis"](0.95 * depth[run["name"]] / max(1, *depth.values())), "-"
             axes.plot(epochs, moving_average(values), style, color=color, label=run["name"].replace("_", " "))
         axes.set(xlabel="epoch", ylabel=f"{label}, moving average 0.8")
         axes.xaxis.get_major_locator().set_params(integer=True)
     figure.axes[0].legend(frameon=False, ncols=2, fontsize="small")
-    figure.suptitle(title(args, f"one block of {backbone_name(args)} in a random model"))
     return figure
 
 
 def plot_attention(distances, args):
     """Draw the gap |d(e) - d(first)| per window and block as boxes, and the mean distance of each head as heat maps."""
-    from matplotlib.figure import Figure
-
     first, *others = distances
+    what = f"attention distance of {args.member or backbone_name(args.backbone)} on {args.attention_windows} windows"
+    num_panels = len(others) + len(distances)
+    figure = new_figure(title(args, what), 4 * num_panels, 4)
+    axes = figure.subplots(1, num_panels, squeeze=False)[0]
+    boxes, heat_maps = axes[: len(others)], axes[len(others) :]
     num_blocks = distances[first].shape[1]
-    figure = Figure(figsize=(4 * (len(others) + len(distances)), 4), layout="constrained")
-    axes = figure.subplots(1, len(others) + len(distances), squeeze=False)[0]
-    for ax, epoch in zip(axes, others):
-        ax.boxplot(gap(distances, epoch), tick_labels=range(num_blocks), flierprops=dict(markersize=2))
-        ax.set(xlabel="block", ylabel="gap in tokens", title=f"|d(epoch {epoch}) - d(epoch {first})| per window")
-    means = [values.mean(axis=0) for values in distances.values()]
-    lowest, highest = np.nanmin(means), np.nanmax(means)
-    for ax, (epoch, values) in zip(axes[len(others) :], distances.items()):
-        image = ax.imshow(values.mean(axis=0), aspect="auto", vmin=lowest, vmax=highest, cmap="viridis")
-        ax.set(xlabel="head", ylabel="block", title=f"mean distance, epoch {epoch}")
-        ax.set_xticks(range(values.shape[2]))
-        ax.set_yticks(range(num_blocks))
-    figure.colorbar(image, ax=axes[len(others) :].tolist(), label="tokens")
-    figure.suptitle(
-        title(args, f"attention distance of {args.member or backbone_name(args)} on {args.attention_windows} windows")
-    )
+    for panel, epoch in zip(boxes, others):
+        panel.boxplot(gap(distances, epoch), tick_labels=range(num_blocks), flierprops=dict(markersize=2))
+        panel.set(xlabel="block", ylabel="gap in tokens", title=f"|d(epoch {epoch}) - d(epoch {first})| per window")
+    means = [values.mean(axis=0) for values in distances.values()]  # [blocks, heads] each
+    for panel, epoch, mean in zip(heat_maps, distances, means):
+        image = panel.imshow(mean, aspect="auto", vmin=np.nanmin(means), vmax=np.nanmax(means), cmap="viridis")
+        panel.set(xlabel="head", ylabel="block", title=f"mean distance, epoch {epoch}")
+        panel.set(xticks=range(mean.shape[1]), yticks=range(num_blocks))
+    figure.colorbar(image, ax=heat_maps.tolist(), label="tokens")
     return figure
 
 
@@ -1280,13 +1251,12 @@ def gap(distances, epoch):
 # Video: one episode of the best and of the last model
 # ======================================================================================================================
 def make_camera(args):
-    """Return one environment that can be rendered, without a screen too; says what is missing before anything is trained."""
+    """Return one environment that films itself, without a screen too; says what is missing before anything is trained."""
     if sys.platform == "linux" and not {"MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ):
         os.environ["MUJOCO_GL"] = "egl"
-    env = make_env(args, 1, render_mode="rgb_array")
+    env = make_env(args, 1, render_mode="rgb_array_list")
     try:
         env.reset(seed=[args.seed])
-        env.render()
     except Exception as error:
         stop(
             f"--capture-video cannot render {args.env} here with MUJOCO_GL={os.environ.get('MUJOCO_GL')} ({first_line(error)}); "
@@ -1302,19 +1272,17 @@ def capture_videos(run_folder, args):
     from torch.utils.tensorboard import SummaryWriter
 
     env = make_camera(args)
-    every = max(1, round(env.metadata.get("render_fps", 30) / 25))  # steps from one frame to the next
+    steps_per_second = env.metadata.get("render_fps", 30)
+    every = max(1, round(steps_per_second / 25))  # steps from one frame to the next
     for name, file in (("best", "best"), ("last", f"epoch_{args.num_epochs}")):
         checkpoint = torch.load(run_folder / "checkpoints" / f"{file}.pt", map_location=args.device, weights_only=True)
         normalization = SimpleNamespace(state_mean=checkpoint["state_mean"], state_std=checkpoint["state_std"])
-        frames = []
-        keep = lambda t: t % every or frames.append(env.render()[0][::2, ::2])  # noqa: E731
         with autocast(args):
-            evaluate(rebuild_model(checkpoint, args.device), env, normalization, args, [args.seed], keep)
-        milliseconds = 1000 * every / env.metadata.get("render_fps", 30)
-        gif = imageio.imwrite("<bytes>", np.stack(frames), extension=".gif", duration=milliseconds, loop=0)
+            evaluate(rebuild_model(checkpoint, args.device), env, normalization, args, [args.seed])
+        frames = np.stack(env.render()[0][::every])[:, ::2, ::2]  # [frames, height, width, 3]
+        gif = imageio.imwrite("<bytes>", frames, extension=".gif", duration=1000 * every / steps_per_second, loop=0)
         save(run_folder / f"{name}.gif", lambda file: file.write(gif))
-        height, width, _ = frames[0].shape
-        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
+        image = Summary.Image(height=frames.shape[1], width=frames.shape[2], colorspace=3, encoded_image_string=gif)
         with SummaryWriter(run_folder) as writer:
             writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=f"video/{name}", image=image)]), checkpoint["step"])
     env.close()
@@ -1323,7 +1291,7 @@ def capture_videos(run_folder, args):
 # ======================================================================================================================
 # Experiment
 # ======================================================================================================================
-def check_particular(args):
+def check(args):
     """Resolve and check the arguments that only this script has."""
     if args.attention_epochs is None:
         args.attention_epochs = (0, min(4, args.num_epochs))
@@ -1357,43 +1325,51 @@ def print_comparison(runs):
     """Print a table like the paper's Table 2."""
     print(f"\n{'run':<20} {'K':>3} {'seed':>5} {'best score':>11} {'last score':>11} {'last loss':>10} {'last saturated':>15}")
     for run in runs:
-        best, last = show(run["best"], ".1f"), show(run["normalized_score"][-1], ".1f")
-        loss, saturated = f"{run['loss'][-1]:.4f}", f"{run['saturated_fraction'][-1]:.0%}"
-        print(f"{run['name']:<20} {run['context_length']:>3} {run['seed']:>5} {best:>11} {last:>11} {loss:>10} {saturated:>15}")
+        last, best = run["epochs"][-1], show(run["best_normalized_score"], ".1f")
+        score, saturated = show(last["normalized_score"], ".1f"), f"{last['saturated_fraction']:.0%}"
+        print(
+            f"{run['name']:<20} {run['context_length']:>3} {run['seed']:>5} {best:>11} {score:>11} {last['loss']:>10.4f} "
+            f"{saturated:>15}"
+        )
 
 
 if __name__ == "__main__":
-    args = resolve(parse_arguments()[0])
-    check_particular(args)
+    args = resolve(parse_arguments())
+    check(args)
     study = Path(args.resume or f"runs/{args.run_name}")
     study = study.parent if args.resume and args.member else study
     if study.exists() and not args.resume:
         stop(f"{study} already exists; choose another --run-name, or go on with it by --resume.")
-    folders = {member: study / Path(member).name if member else study for member in members(args)}
-    results = {}
+    folders = {member: study / Path(member).name for member in members(args)}
+    distances_of = {}
     if args.capture_video and RANK == 0:
         make_camera(args).close()
     with processes(), explained(args):
         for member, run_folder in folders.items():
             member_args = replace(args, member=member)
-            if not (member and (run_folder / "summary.json").exists()):  # a resumed block replacement has finished members
-                has_latest = (run_folder / "checkpoints" / "latest.pt").exists()
-                train(member_args, run_folder, read_latest(run_folder) if has_latest else None)
+            train(member_args, run_folder)
             if RANK == 0 and args.capture_video:
                 capture_videos(run_folder, member_args)
             if RANK == 0 and args.attention_epochs:
-                distances = measure_attention(run_folder, member_args)
-                save_figure(plot_attention(distances, member_args), run_folder, "attention_distance", max(distances))
-                values = {
-                    "distance": {e: np.where(np.isnan(d[0]), None, d.mean(axis=0)).tolist() for e, d in distances.items()}
-                }
-                results[member or "attention"] = values | {"gap": {e: gap(distances, e).tolist() for e in distances}}
+                distances_of[member] = measure_attention(run_folder, member_args)
+                save_figure(
+                    plot_attention(distances_of[member], member_args),
+                    run_folder,
+                    "attention_distance",
+                    max(args.attention_epochs),
+                )
         if RANK == 0:
             runs = [read_run(folder) for folder in [*folders.values(), *args.compare]]
             name, plot = ("block_replacement", plot_blocks) if args.replace_blocks else ("learning_curve", plot_curves)
             save_figure(plot(runs, args), study, name, args.num_epochs)
-            save_json(study / "results.json", {"runs": runs, "attention_distance": results})
+            attention = {
+                member or "attention": {
+                    "distance": {epoch: values.mean(axis=0) for epoch, values in distances.items()},
+                    "gap": {epoch: gap(distances, epoch) for epoch in distances},
+                }
+                for member, distances in distances_of.items()
+            }
+            save_json(study / "results.json", {"runs": runs, "attention_distance": attention})
             print_comparison(runs)
-            print(
-                f"\n{study}: results.json, {name}.png{', attention_distance.png' if results else ''}; or: tensorboard --logdir runs"
-            )
+            files = f"results.json, {name}.png{', attention_distance.png' * bool(attention)}"
+            print(f"\n{study}: {files}; or: tensorboard --logdir runs")

@@ -180,12 +180,14 @@ def resolve(args):
     elif Path(args.backbone).is_dir():
         args.backbone = str(Path(args.backbone).resolve())
     if args.run_name is None:
-        args.run_name = f"{args.env}__{SCRIPT}__{backbone_name(args)}__{args.seed}__{int(time.time())}".replace("/", "--")
+        args.run_name = f"{args.env}__{SCRIPT}__{backbone_name(args.backbone)}__{args.seed}__{int(time.time())}".replace(
+            "/", "--"
+        )
     return args
 
 
-def backbone_name(args):
-    return Path(args.backbone).name if os.path.isabs(args.backbone) else args.backbone
+def backbone_name(backbone):
+    return Path(backbone).name if os.path.isabs(backbone) else backbone
 
 
 def first_line(error):
@@ -215,24 +217,12 @@ class GPTConfig:
     embd_dropout: float = 0.1
 
 
-class ImageGPTLayerNorm(nn.Module):
-    """ImageGPT's normalization: no mean subtraction and no bias (transformers: ImageGPTLayerNorm)."""
-
-    def __init__(self, width, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x):
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
-
-
 class QuickGELU(nn.Module):
     def forward(self, x):
         return x * torch.sigmoid(1.702 * x)
 
 
-LAYER_NORMS = {"gpt2": nn.LayerNorm, "imagegpt": ImageGPTLayerNorm}
+LAYER_NORMS = {"gpt2": nn.LayerNorm, "imagegpt": nn.RMSNorm}  # ImageGPT subtracts no mean and has no bias
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "gelu_new": lambda: nn.GELU(approximate="tanh"), "quick_gelu": QuickGELU}
 
 
@@ -369,7 +359,7 @@ def load_backbone(args):
     source = HUB_IDS.get(args.backbone, args.backbone)
     if args.sample and args.backbone in SAMPLE_FOLDERS:
         source = str(ASSETS / SAMPLE_FOLDERS[args.backbone])
-    checkpoint, report = read_checkpoint(source)
+    checkpoint, report = read_pretrained(source)
     missing = [*report["missing_keys"], *report["mismatched_keys"]]
     left_over = [key for key in report["unexpected_keys"] if key != "lm_head.weight"]
     if missing or left_over:
@@ -394,7 +384,7 @@ def load_backbone(args):
     return config, weights, source
 
 
-def read_checkpoint(source):
+def read_pretrained(source):
     """Load a transformers GPT2Model or ImageGPTModel in float32 from a folder, the hub's cache or the hub.
 
     Returns the model and transformers' report of missing, unexpected and mismatched keys.
@@ -606,12 +596,11 @@ def action_range(env):
 
 
 @torch.no_grad()
-def evaluate(model, env, data, args, seeds, after_step=None):
+def evaluate(model, env, data, args, seeds):
     """Play one episode in each copy of `env`, started with these seeds and asking for `args.target_return`.
 
     Returns the episodes' undiscounted returns and lengths in steps, both [episodes]. As in the Decision Transformer's
     evaluation, the return-to-go falls by each reward and the model sees the last K steps. A signal cuts it short.
-    `after_step`, if given, is called with the number of every step that has been made.
     """
     model.eval()
     num_episodes, K = env.num_envs, args.context_length
@@ -644,8 +633,6 @@ def evaluate(model, env, data, args, seeds, after_step=None):
         returns_to_go[:, t + 1, 0] = returns_to_go[:, t, 0] - torch.as_tensor(rewards / RETURN_SCALE, device=args.device)
         running &= ~(terminated | truncated)
         bar.update()
-        if after_step:
-            after_step(t)
         if SIGNALS or not running.any():
             break
     bar.close()
@@ -707,7 +694,10 @@ class TrainingStep:
         max_grad_norm = args.max_grad_norm or math.inf
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm)
         self.optimizer.step()
-        return torch.stack([loss.detach(), saturated, grad_norm, (grad_norm > max_grad_norm).float()])
+        shares = torch.stack([loss.detach(), saturated])
+        if WORLD_SIZE > 1:
+            torch.distributed.all_reduce(shares)
+        return torch.stack([*shares, grad_norm, (grad_norm > max_grad_norm).float()])
 
     def __call__(self, starts):
         if self.eager_steps == math.inf:
@@ -750,19 +740,11 @@ def all_processes(value):
     return values
 
 
-def add_over_processes(metrics):
-    """Put the sum over processes in place of loss and saturated share [steps, 4]; the gradient is already everyone's."""
-    if WORLD_SIZE > 1:
-        parts = metrics[:, :2].contiguous()
-        torch.distributed.all_reduce(parts)
-        metrics[:, :2] = parts
-    return metrics
-
-
 # ======================================================================================================================
 # Interruptions: whole files, known failures, checkpoints to go on from
 # ======================================================================================================================
 SIGNALS = []  # SIGINT or SIGTERM, once one has come; the training step under way is finished first
+COST_MEMORY = ("batch_size", "context_length", "num_eval_episodes", "chunk_size", "mine_windows", "mine_group")
 MAY_CHANGE = ("num_epochs", "save_epochs", "capture_video", "device", "resume")  # what a resumed run may be given anew
 
 
@@ -772,7 +754,9 @@ def remember_signal(number, frame):
 
 
 def save(path, write):
-    """Call write(file) on a temporary file and move it to `path`: the file appears whole or not at all."""
+    """Call write(file) on a temporary file and move it to `path`: it appears whole or not at all. Only rank 0 writes."""
+    if RANK > 0:
+        return
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -789,6 +773,8 @@ def save(path, write):
 
 
 def save_json(path, content):
+    """Write numbers, texts, arrays, and lists and dicts of them; JSON has no NaN, so that it becomes null."""
+    content = json.loads(json.dumps(content, default=lambda array: array.tolist()), parse_constant=lambda name: None)
     save(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
 
 
@@ -797,12 +783,14 @@ def explained(args):
     """Turn the failures of a run that a user can do something about into one sentence."""
     try:
         yield
+    except KeyboardInterrupt:
+        tqdm.write("interrupted; finished runs and checkpoints are kept.", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT)
     except (RuntimeError, MemoryError, OSError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if isinstance(error, MemoryError) or "memory" in str(error):
-            stop(
-                f"{args.device} ran out of memory; lower --batch-size (now {args.batch_size}), --context-length (now "
-                f"{args.context_length}) or --num-eval-episodes (now {args.num_eval_episodes})."
-            )
+            costly = [name for name in COST_MEMORY if hasattr(args, name)]
+            sizes = ", ".join(f"--{name.replace('_', '-')} (now {getattr(args, name)})" for name in costly)
+            stop(f"{args.device} ran out of memory; lower one of {sizes}.")
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             stop(f"the disk is full ({first_line(error)}); make room and go on with --resume, the last checkpoint is good.")
         raise
@@ -851,14 +839,15 @@ def print_table(records, summary):
     )
 
 
-def train(args, run_folder, latest=None):
-    """Train and evaluate as `args` say, going on from the checkpoint `latest` if it is not None.
+def train(args, run_folder):
+    """Train and evaluate as `args` say; a run that is resumed goes on from its latest checkpoint.
 
     Leaves checkpoints, TensorBoard events, args.json and summary.json in `run_folder`; returns the summary and the history
     of METRICS, one entry per logging interval.
     """
-    if not args.resume and run_folder.exists():
+    if run_folder.exists() and not args.resume:
         stop(f"{run_folder} already exists; choose another --run-name, or go on with it by --resume {run_folder}.")
+    latest = read_latest(run_folder) if (run_folder / "checkpoints" / "latest.pt").exists() else None
     if args.sample:
         print("This is the bundled sample: small backbones, small data, few steps. It is not the paper's experiment.")
 
@@ -876,7 +865,7 @@ def train(args, run_folder, latest=None):
         torch.distributed.barrier()
     model.to(args.device)
     num_parameters = sum(p.numel() for p in model.parameters())
-    print(f"{backbone_name(args)}: {num_parameters / 1e6:.1f} M parameters, from {backbone_source}")
+    print(f"{backbone_name(args.backbone)}: {num_parameters / 1e6:.1f} M parameters, from {backbone_source}")
     print(f"{args.env}: {len(data.states):,} steps in {data.num_episodes} episodes of {data.dataset_id}")
     print(f"{run_folder}: on {args.device} in {args.precision}, {WORLD_SIZE} process{'es' * (WORLD_SIZE > 1)}")
 
@@ -908,21 +897,25 @@ def train(args, run_folder, latest=None):
         print(f"going on after step {step}, with {len(records)} of {args.num_epochs + 1} evaluations done")
 
     if RANK == 0:
-        (run_folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        save_json(run_folder / "args.json", asdict(replace(args, resume=None)))
         from torch.utils.tensorboard import SummaryWriter
 
+        (run_folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         writer = SummaryWriter(run_folder, purge_step=step + 1 if latest else None)
         rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
         writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{rows}")
+    save_json(run_folder / "args.json", asdict(replace(args, resume=None)))
+
+    def log(group, values):
+        for name, value in values.items():
+            if RANK == 0 and value is not None:
+                writer.add_scalar(f"{group}/{name}", value, step)
 
     def save_checkpoint(name, **more):
         checkpoint = dict(
             script=SCRIPT, epoch=len(records) - 1, step=step, args=asdict(replace(args, resume=None)),
             architecture=architecture, model=model.state_dict(), state_mean=data.state_mean, state_std=data.state_std, **more,
         )  # fmt: skip
-        if RANK == 0:
-            save(run_folder / "checkpoints" / f"{name}.pt", lambda file: torch.save(checkpoint, file))
+        save(run_folder / "checkpoints" / f"{name}.pt", lambda file: torch.save(checkpoint, file))
 
     def save_latest():
         gpu_state = torch.cuda.get_rng_state(args.device) if on_gpu else None
@@ -941,8 +934,7 @@ def train(args, run_folder, latest=None):
                 tqdm.write(f"interrupted after step {step}; go on with: {how}", file=sys.stderr)
             raise SystemExit(128 + numbers[0])
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, remember_signal)
+    handlers = {number: signal.signal(number, remember_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     trained = nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
     training_step = TrainingStep(trained, optimizer, data, args)
     log_interval = max(1, args.steps_per_epoch // 25)
@@ -963,22 +955,18 @@ def train(args, run_folder, latest=None):
 
             logging = (row + 1) % log_interval == 0 or step == last_step
             if logging:  # the one place in the loop that waits for the device
-                block = add_over_processes(metrics[row // log_interval * log_interval : row + 1])
-                values = block.double().cpu().numpy()
+                values = metrics[row // log_interval * log_interval : row + 1].double().cpu().numpy()
                 finite = np.isfinite(values).all(axis=1)
                 if not finite.all():
-                    bad_step = step - len(values) + 1 + int(finite.argmin())
                     stop(
-                        f"loss or gradient is not finite in step {bad_step}; the checkpoints in {run_folder} are from before. "
-                        "Try a lower --learning-rate, --max-grad-norm 0.25 or --precision fp32."
+                        f"loss or gradient is not finite in step {step + 1 - len(finite) + finite.argmin()}; the checkpoints in "
+                        f"{run_folder} are from before. Try a lower --learning-rate, --max-grad-norm 0.25 or --precision fp32."
                     )
                 means = dict(zip(METRICS, values.mean(axis=0).tolist()))
                 history.append({"step": step, **means})
                 steps.set_postfix(loss=f"{means['loss']:.4f}", grad_norm=f"{means['grad_norm']:.3f}", refresh=False)
-                if RANK == 0:
-                    speed = len(values) / (time.perf_counter() - logged_at)
-                    for name, value in {**means, "learning_rate": learning_rate.item(), "steps_per_second": speed}.items():
-                        writer.add_scalar(f"train/{name}", value, step)
+                speed = len(values) / (time.perf_counter() - logged_at)
+                log("train", {**means, "learning_rate": learning_rate.item(), "steps_per_second": speed})
                 logged_at = time.perf_counter()
             if SIGNALS and WORLD_SIZE == 1 or logging and any(all_processes(bool(SIGNALS))):
                 break
@@ -991,37 +979,35 @@ def train(args, run_folder, latest=None):
         end_if_interrupted()
         eval_seconds += time.perf_counter() - started
         returns, lengths = (np.concatenate(part) for part in zip(*results))
-        record = dict(epoch=epoch, step=step)
-        record |= {name: value if epoch else None for name, value in zip(METRICS, metrics.double().mean(0).tolist())}
-        record |= dict(return_mean=float(returns.mean()), return_std=float(returns.std()), length_mean=float(lengths.mean()))
-        record["normalized_score"] = normalized_score(args.env, record["return_mean"])
-        records.append(record)
-        if RANK == 0:
-            for name in ("return_mean", "return_std", "length_mean", "normalized_score"):
-                if record[name] is not None:
-                    writer.add_scalar(f"eval/{name}", record[name], step)
-            score = show(record["normalized_score"], ".1f")
-            tqdm.write(f"epoch {epoch}: return {returns.mean():.1f} ± {returns.std():.1f}, normalized score {score}")
+        evaluation = dict(return_mean=float(returns.mean()), return_std=float(returns.std()), length_mean=float(lengths.mean()))
+        evaluation["normalized_score"] = normalized_score(args.env, evaluation["return_mean"])
+        training = dict(zip(METRICS, metrics.double().mean(0).tolist() if epoch else [None] * len(METRICS)))
+        records.append(dict(epoch=epoch, step=step, **training, **evaluation))
+        log("eval", evaluation)
+        score = show(evaluation["normalized_score"], ".1f")
+        tqdm.write(f"epoch {epoch}: return {returns.mean():.1f} ± {returns.std():.1f}, normalized score {score}")
         if epoch in args.save_epochs or epoch == args.num_epochs:
             save_checkpoint(f"epoch_{epoch}")
-        if epoch and record is max(records[1:], key=lambda record: record["return_mean"]):
+        best = max(records[1:], key=lambda record: record["return_mean"], default=None)
+        if best is records[-1]:
             save_checkpoint("best")
         save_latest()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
     best = max(records[1:], key=lambda record: record["return_mean"])
     last_quarter = [record["normalized_score"] for record in records[-max(1, args.num_epochs // 4) :]]
-    same = ("backbone", "env", "context_length", "seed", "sample", "device", "precision")
-    summary = dict(script=SCRIPT, **{name: getattr(args, name) for name in same}, backbone_source=backbone_source)
-    summary |= dict(dataset=data.dataset_id, dataset_steps=len(data.states), dataset_episodes=data.num_episodes)
-    summary |= dict(processes=WORLD_SIZE, parameters=num_parameters, steps=step, epochs=records, best_epoch=best["epoch"])
-    summary |= dict(
-        best_normalized_score=best["normalized_score"],
-        final_normalized_score=records[-1]["normalized_score"],
+    summary = dict(
+        script=SCRIPT, backbone=args.backbone, env=args.env, context_length=args.context_length, seed=args.seed,
+        sample=args.sample, device=args.device, precision=args.precision, backbone_source=backbone_source,
+        dataset=data.dataset_id, dataset_steps=len(data.states), dataset_episodes=data.num_episodes, processes=WORLD_SIZE,
+        parameters=num_parameters, steps=step, epochs=records, best_epoch=best["epoch"],
+        best_normalized_score=best["normalized_score"], final_normalized_score=records[-1]["normalized_score"],
         mean_last_quarter_normalized_score=None if None in last_quarter else float(np.mean(last_quarter)),
-    )
-    summary |= dict(steps_per_second=step / train_seconds, train_seconds=train_seconds, eval_seconds=eval_seconds)
+        steps_per_second=step / train_seconds, train_seconds=train_seconds, eval_seconds=eval_seconds,
+    )  # fmt: skip
+    save_json(run_folder / "summary.json", summary)
     if RANK == 0:
-        save_json(run_folder / "summary.json", summary)
         writer.close()
         print_table(records, summary)
     return summary, history
@@ -1029,6 +1015,19 @@ def train(args, run_folder, latest=None):
 
 COLORS = {"gpt2": "#0072B2", "igpt": "#D55E00", "igpt-as-gpt2": "#E69F00", "random": "#555555", "random-gpt2": "#009E73"}
 OTHER_COLOR = "#CC79A7"  # Okabe and Ito's palette: also for the colour-blind
+
+
+def color_of(backbone):
+    return COLORS.get(backbone, OTHER_COLOR)
+
+
+def new_figure(title, width, height):
+    """An empty matplotlib figure, width and height in inches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(title)
+    return figure
 
 
 def save_figure(figure, run_folder, name, step):
@@ -1041,17 +1040,17 @@ def save_figure(figure, run_folder, name, step):
 
 
 def parse_arguments():
-    """Return the arguments as given, the others from the run to resume or the sample, and the checkpoint to resume."""
-    args, latest = tyro.cli(Args, description=__doc__), None
+    """Return the arguments as given; what is not given comes from the run to resume, or from the sample."""
+    args = tyro.cli(Args, description=__doc__)
     if args.resume:
-        latest = read_latest(args.resume)
-        args = tyro.cli(Args, default=Args(**latest["args"]))
-        names = changed(asdict(args), latest["args"])
+        before = read_latest(args.resume)["args"]
+        args = tyro.cli(Args, default=Args(**before))
+        names = changed(asdict(args), before)
         if names:
             stop(f"--{', --'.join(names).replace('_', '-')} cannot change when a run is resumed; leave out or start a new run.")
     elif args.sample:
         args = tyro.cli(Args, default=SAMPLE)
-    return args, latest
+    return args
 
 
 # ======================================================================================================================
@@ -1059,10 +1058,9 @@ def parse_arguments():
 # ======================================================================================================================
 def plot_learning_curve(records, history, args):
     """Draw return, training loss with saturation, and gradient norm with the clipping threshold; returns the figure."""
-    from matplotlib.figure import Figure
-
-    color = COLORS.get(args.backbone, OTHER_COLOR)
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    sample, color = ", bundled sample" * args.sample, color_of(args.backbone)
+    title = f"{args.env}, {backbone_name(args.backbone)}, K = {args.context_length}, seed {args.seed}{sample}"
+    figure = new_figure(title, 12, 3.6)
     left, middle, right = figure.subplots(1, 3)
     epochs = np.array([r["epoch"] for r in records])
     mean, std = (np.array([r[name] for r in records]) for name in ("return_mean", "return_std"))
@@ -1084,8 +1082,6 @@ def plot_learning_curve(records, history, args):
     right.set(xlabel="training step", ylabel="gradient norm", title="gradient norm", yscale="log")
     for axes in (left, middle, right):
         axes.legend(frameon=False)
-    sample = ", bundled sample" if args.sample else ""
-    figure.suptitle(f"{args.env}, {backbone_name(args)}, K = {args.context_length}, seed {args.seed}{sample}")
     return figure
 
 
@@ -1093,13 +1089,12 @@ def plot_learning_curve(records, history, args):
 # Video: one episode of the best and of the last model
 # ======================================================================================================================
 def make_camera(args):
-    """Return one environment that can be rendered, without a screen too; says what is missing before anything is trained."""
+    """Return one environment that films itself, without a screen too; says what is missing before anything is trained."""
     if sys.platform == "linux" and not {"MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ):
         os.environ["MUJOCO_GL"] = "egl"
-    env = make_env(args, 1, render_mode="rgb_array")
+    env = make_env(args, 1, render_mode="rgb_array_list")
     try:
         env.reset(seed=[args.seed])
-        env.render()
     except Exception as error:
         stop(
             f"--capture-video cannot render {args.env} here with MUJOCO_GL={os.environ.get('MUJOCO_GL')} ({first_line(error)}); "
@@ -1115,19 +1110,17 @@ def capture_videos(run_folder, args):
     from torch.utils.tensorboard import SummaryWriter
 
     env = make_camera(args)
-    every = max(1, round(env.metadata.get("render_fps", 30) / 25))  # steps from one frame to the next
+    steps_per_second = env.metadata.get("render_fps", 30)
+    every = max(1, round(steps_per_second / 25))  # steps from one frame to the next
     for name, file in (("best", "best"), ("last", f"epoch_{args.num_epochs}")):
         checkpoint = torch.load(run_folder / "checkpoints" / f"{file}.pt", map_location=args.device, weights_only=True)
         normalization = SimpleNamespace(state_mean=checkpoint["state_mean"], state_std=checkpoint["state_std"])
-        frames = []
-        keep = lambda t: t % every or frames.append(env.render()[0][::2, ::2])  # noqa: E731
         with autocast(args):
-            evaluate(rebuild_model(checkpoint, args.device), env, normalization, args, [args.seed], keep)
-        milliseconds = 1000 * every / env.metadata.get("render_fps", 30)
-        gif = imageio.imwrite("<bytes>", np.stack(frames), extension=".gif", duration=milliseconds, loop=0)
+            evaluate(rebuild_model(checkpoint, args.device), env, normalization, args, [args.seed])
+        frames = np.stack(env.render()[0][::every])[:, ::2, ::2]  # [frames, height, width, 3]
+        gif = imageio.imwrite("<bytes>", frames, extension=".gif", duration=1000 * every / steps_per_second, loop=0)
         save(run_folder / f"{name}.gif", lambda file: file.write(gif))
-        height, width, _ = frames[0].shape
-        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
+        image = Summary.Image(height=frames.shape[1], width=frames.shape[2], colorspace=3, encoded_image_string=gif)
         with SummaryWriter(run_folder) as writer:
             writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=f"video/{name}", image=image)]), checkpoint["step"])
     env.close()
@@ -1137,13 +1130,12 @@ def capture_videos(run_folder, args):
 # Experiment
 # ======================================================================================================================
 if __name__ == "__main__":
-    args, latest = parse_arguments()
-    args = resolve(args)
+    args = resolve(parse_arguments())
     run_folder = Path(args.resume or f"runs/{args.run_name}")
     if args.capture_video and RANK == 0:
         make_camera(args).close()
     with processes(), explained(args):
-        summary, history = train(args, run_folder, latest)
+        summary, history = train(args, run_folder)
         if RANK == 0:
             save_figure(plot_learning_curve(summary["epochs"], history, args), run_folder, "learning_curve", summary["steps"])
             if args.capture_video:

@@ -106,8 +106,8 @@ def block_table(folders):
             for run in results["runs"]:
                 groups.setdefault(run["name"], []).append(run)
     rows = [
-        (f"`{name}`", ", ".join(str(run["seed"]) for run in runs), spread([run["loss"][2] for run in runs], ".3f"),
-         spread([run["loss"][-1] for run in runs], ".3f"), spread([run["best"] for run in runs]))
+        (f"`{name}`", ", ".join(str(run["seed"]) for run in runs), spread([run["epochs"][2]["loss"] for run in runs], ".3f"),
+         spread([run["epochs"][-1]["loss"] for run in runs], ".3f"), spread([run["best_normalized_score"] for run in runs]))
         for name, runs in groups.items()
     ]  # fmt: skip
     return markdown(("model", "seeds", "loss of epoch 2", "last loss", "best score"), rows)

@@ -1,15 +1,14 @@
 """Keep the sections that the scripts share the same, word for word.
 
-python tests/shared_sections.py      # rewrite the copies from dt_pretrained.py
+python tests/shared_sections.py      # rewrite the copies from the first script that has the section
 """
 
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ORIGINAL = "dt_pretrained.py"
-COPIES = ("dt_no_context.py", "analyze_grads.py", "analyze_repr.py")
-SHARED = ("Defaults", "Model", "Backbones", "Data", "Evaluation", "Training", "Interruptions", "Run", "Video")
+SCRIPTS = ("dt_pretrained.py", "dt_no_context.py", "analyze_grads.py", "analyze_repr.py")
+SHARED = ("Defaults", "Model", "Backbones", "Data", "Evaluation", "Training", "Interruptions", "Run", "Video", "Study")
 BANNER = re.compile(r"^# ={118}\n# (.+)\n# ={118}\n", re.MULTILINE)
 
 
@@ -23,14 +22,16 @@ def split(text):
 
 
 def rewritten(name):
-    """Return the text of script `name` with its shared sections replaced by those of the original."""
-    _, original = split((ROOT / ORIGINAL).read_text())
+    """Return the text of script `name` with its shared sections replaced by those of the first script that has them."""
+    originals = {}
+    for script in reversed(SCRIPTS):
+        originals |= split((ROOT / script).read_text())[1]
     head, sections = split((ROOT / name).read_text())
-    return head + "".join(original[title] if title in SHARED else body for title, body in sections.items())
+    return head + "".join(originals[title] if title in SHARED else body for title, body in sections.items())
 
 
 if __name__ == "__main__":
-    for name in COPIES:
+    for name in SCRIPTS[1:]:
         text = rewritten(name)
         print(f"{name}: {'unchanged' if text == (ROOT / name).read_text() else 'rewritten'}")
         (ROOT / name).write_text(text)

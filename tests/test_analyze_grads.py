@@ -94,19 +94,21 @@ def test_clipped_norms_are_those_of_clip_grad_norm(threshold):
 def test_parameter_change():
     model, _ = model_and_windows("gpt2")
     before = {name: x.clone() for name, x in model.state_dict().items()}
-    for change in ag.parameter_change(before, before).values():
-        assert change == dict(distance=0.0, relative=0.0, cosine=1.0)
+    changes, whole = ag.parameter_change(before, before)
+    assert all(change == dict(distance=0.0, relative=0.0, cosine=1.0) for change in (whole, *changes.values()))
     name, perturbation = "transformer.h.2.mlp.c_fc.weight", torch.randn(128, 512)
     after = before | {name: before[name] + perturbation}
-    changes = ag.parameter_change(before, after)
+    changes, whole = ag.parameter_change(before, after)
     moved = changes.pop("2.mlp.c_fc.weight")
     assert all(change["distance"] == 0 for change in changes.values()) and len(changes) == 47
+    length = sum(x.norm() ** 2 for name, x in before.items() if name.startswith("transformer.h.")) ** 0.5
+    assert abs(whole["distance"] - moved["distance"]) < 1e-6 and abs(whole["relative"] - moved["distance"] / length) < 1e-4
     assert abs(moved["distance"] - perturbation.norm()) < 1e-3
     assert abs(moved["relative"] - perturbation.norm() / before[name].norm()) < 1e-4
     expected = torch.nn.functional.cosine_similarity(before[name].flatten(), after[name].flatten(), dim=0)
     assert abs(moved["cosine"] - expected) < 1e-5
     zero = {name: torch.zeros(3)}  # where there was no direction there is no cosine
-    change = ag.parameter_change(zero, {name: torch.ones(3)})["2.mlp.c_fc.weight"]
+    change = ag.parameter_change(zero, {name: torch.ones(3)})[0]["2.mlp.c_fc.weight"]
     assert np.isnan(change["cosine"]) and np.isnan(change["relative"]) and abs(change["distance"] - 3**0.5) < 1e-6
 
 

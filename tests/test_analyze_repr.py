@@ -213,7 +213,7 @@ def test_a_diverged_estimator_is_missing_and_the_others_are_not():
 def test_questions_of_the_paper():
     for blocks, shown in ((12, {0, 6, 11}), (24, {0, 12, 23}), (1, {0})):
         asked = ar.questions(blocks, 20, range(20))
-        context = ar.select(asked, analysis="context")
+        context = ar.select(asked, analysis="context", control=False)
         assert {q["block"] for q in context} == shown and len(context) == len(shown) * 2 * 59  # every token but a_K
         assert all(
             q["representation"] == ("state", 19) and q["variable"] == (q["token"], q["step"])
@@ -223,7 +223,7 @@ def test_questions_of_the_paper():
             q["variable"] == ("action", 19) and q["representation"] == (q["token"], q["step"])
             for q in ar.select(context, quantity="I(Y;T)")
         )
-        alone = ar.select(asked, analysis="no context")
+        alone = ar.select(asked, analysis="no context", control=False)
         assert len(alone) == blocks * 20 * 2 and all(q["representation"] == ("state", q["variable"][1]) for q in alone)
         assert len(ar.select(asked, control=True)) == len(shown) * 2 + 2
     assert {q["token"] for q in ar.questions(4, 1, [0])} == {"return", "state", "action"}
@@ -357,7 +357,7 @@ def test_without_context_and_one_block(run_script, tmp_path):
 def test_the_papers_settings_are_a_flag():
     args = ar.check(ar.Args(mine_paper_settings=True, mine_repeats=2))
     assert (args.mine_windows, args.mine_batch_size, args.mine_passes, args.mine_repeats) == (100, 50, 1000, 2)
-    assert list(ar.estimate_names(args)) == ["training", "held_out"] and "the paper's settings" in ar.mine_title(args, "")
+    assert list(ar.estimate_names(args)) == ["training", "held_out"] and "the paper's settings" in ar.with_settings(args, "")
     assert list(ar.estimate_names(ar.Args())) == ["held_out", "training"]
 
 
@@ -367,8 +367,8 @@ def test_interrupted_in_the_analysis(run_script, tmp_path):
     process = start(tmp_path, *size, "--runs", "runs/a", "--run-name", "b", program=(ROOT / SCRIPT,))
     time.sleep(8)
     process.send_signal(signal.SIGINT)
-    status, _, said = finish(process)
-    assert status == 128 + signal.SIGINT and "--runs runs/a" in said[-1], said
+    status, out, said = finish(process)
+    assert status == 128 + signal.SIGINT and said[-1].startswith("interrupted") and "--runs runs/a" in out, (out, said)
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,7 @@ def test_run_with_comparison(run_script, tmp_path):
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["script"] == "dt_no_context" and summary["context_length"] == 1
     assert [(run["name"], run["context_length"]) for run in results["runs"]] == [("gpt2", 1), ("igpt", 20)]
-    assert results["runs"][0]["return_mean"] == [r["return_mean"] for r in summary["epochs"]]
+    assert results["runs"][0]["epochs"] == summary["epochs"]
     attention = results["attention_distance"]["attention"]
     assert np.array(attention["distance"]["0"]).shape == (4, 4) and not np.any(attention["gap"]["0"])
     assert np.array(attention["gap"]["2"]).shape == (10, 4) and np.any(attention["gap"]["2"])
@@ -219,5 +219,5 @@ def test_blocks_are_replaced_interrupted_and_resumed(tmp_path):
     for run in (*whole["runs"], *cut["runs"]):
         del run["folder"]
     assert whole == cut and [run["name"] for run in cut["runs"]] == ["random", "gpt2", "block_0", "block_2"]
-    assert len({run["loss"][-1] for run in cut["runs"]}) == 4
+    assert len({run["epochs"][-1]["loss"] for run in cut["runs"]}) == 4
     assert (tmp_path / "runs" / "cut" / "block_replacement.png").exists()
