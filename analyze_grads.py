@@ -6,8 +6,8 @@
 
 Paper: S. Takagi, "On the Effect of Pre-training for Transformer in Different Modality on Offline Reinforcement
 Learning", NeurIPS 2022, https://arxiv.org/abs/2211.09817 (sections 5.3 and 5.4, App. G.3, Figs. 3 and 4). The sections
-between Defaults and Run are those of dt_pretrained.py; what is particular to this question is Gradients of single windows,
-Analysis, Figures and Experiment.
+from Defaults to Run are those of dt_pretrained.py; Study trains several backbones, and what is particular to this question is
+Gradients of single windows, Analysis, Figures and Experiment.
 """
 
 import contextlib
@@ -109,9 +109,9 @@ class Args:
     save_epochs: tuple[int, ...] = (0, 1)
     """epochs after which a checkpoint is kept, 0 being before training; the last is always kept"""
     run_name: str | None = None
-    """folder under runs/; if not given, {env}__{script}__{backbone}__{seed}__{time}"""
+    """folder under runs/; if not given, {env}__{script}__{seed}__{time}"""
     resume: str | None = None
-    """run folder to go on with; its arguments hold, but for --num-epochs, --save-epochs and --device"""
+    """folder of the run to go on with, the others follow; arguments hold, but for --num-epochs, --save-epochs and --device"""
 
     backbone: tyro.conf.Suppress[str] = "random"
     """which of the backbones is being trained; set by the script"""
@@ -712,10 +712,10 @@ class TrainingStep:
         max_grad_norm = args.max_grad_norm or math.inf
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm)
         self.optimizer.step()
-        shares = torch.stack([loss.detach(), saturated])
+        sums = torch.stack([loss.detach(), saturated])
         if WORLD_SIZE > 1:
-            torch.distributed.all_reduce(shares)
-        return torch.stack([*shares, grad_norm, (grad_norm > max_grad_norm).float()])
+            torch.distributed.all_reduce(sums)
+        return torch.stack([*sums, grad_norm, (grad_norm > max_grad_norm).float()])
 
     def __call__(self, starts):
         if self.eager_steps == math.inf:
@@ -738,7 +738,7 @@ class TrainingStep:
 
 
 @contextlib.contextmanager
-def processes():
+def process_group():
     """Join the processes that torchrun has started, if it has; one of them speaks."""
     if WORLD_SIZE > 1:
         if torch.cuda.is_available():
@@ -750,7 +750,7 @@ def processes():
         torch.distributed.destroy_process_group()
 
 
-def all_processes(value):
+def all_gather(value):
     """Return every process's `value`, in the order of their ranks."""
     values = [value] * WORLD_SIZE
     if WORLD_SIZE > 1:
@@ -914,6 +914,7 @@ def train(args, run_folder):
         window_generator.set_state(window_state)
         print(f"going on after step {step}, with {len(records)} of {args.num_epochs + 1} evaluations done")
 
+    # What the run leaves behind
     if RANK == 0:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -940,11 +941,11 @@ def train(args, run_folder):
         states = [torch.get_rng_state(), gpu_state, window_generator.get_state()]
         save_checkpoint(
             "latest", optimizer=optimizer.state_dict(), metrics=metrics, records=records, history=history,
-            random_states=all_processes(states), train_seconds=train_seconds, eval_seconds=eval_seconds,
+            random_states=all_gather(states), train_seconds=train_seconds, eval_seconds=eval_seconds,
         )  # fmt: skip
 
     def end_if_interrupted():
-        numbers = sum(all_processes(SIGNALS), [])
+        numbers = sum(all_gather(SIGNALS), [])
         if numbers:
             save_latest()
             if RANK == 0:
@@ -952,6 +953,7 @@ def train(args, run_folder):
                 tqdm.write(f"interrupted after step {step}; go on with: {how}", file=sys.stderr)
             raise SystemExit(128 + numbers[0])
 
+    # Training
     handlers = {number: signal.signal(number, remember_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     trained = nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
     training_step = TrainingStep(trained, optimizer, data, args)
@@ -986,14 +988,15 @@ def train(args, run_folder):
                 speed = len(values) / (time.perf_counter() - logged_at)
                 log("train", {**means, "learning_rate": learning_rate.item(), "steps_per_second": speed})
                 logged_at = time.perf_counter()
-            if SIGNALS and WORLD_SIZE == 1 or logging and any(all_processes(bool(SIGNALS))):
+            if SIGNALS and WORLD_SIZE == 1 or logging and any(all_gather(bool(SIGNALS))):
                 break
         train_seconds += time.perf_counter() - started
         end_if_interrupted()
 
+        # Evaluation
         started = time.perf_counter()
         with autocast(args):
-            results = all_processes(evaluate(model, env, data, args, seeds))
+            results = all_gather(evaluate(model, env, data, args, seeds))
         end_if_interrupted()
         eval_seconds += time.perf_counter() - started
         returns, lengths = (np.concatenate(part) for part in zip(*results))
@@ -1069,6 +1072,55 @@ def parse_arguments():
     elif args.sample:
         args = tyro.cli(Args, default=SAMPLE)
     return args
+
+
+# ======================================================================================================================
+# Study: several runs, trained here or earlier, and what is kept of them
+# ======================================================================================================================
+def open_study(args):
+    """Return the arguments of all runs together, and the folder of the study; one is resumed by any of its runs."""
+    if args.resume:  # this run's arguments are resolved for its backbone; those of the study stand in one of them
+        may_change = {name: getattr(args, name) for name in MAY_CHANGE if hasattr(args, name)}
+        given = {name: tuple(x) if isinstance(x, list) else x for name, x in json.loads(args.study).items()}
+        args = Args(**{**given, **may_change})
+    args.run_name = args.run_name or f"{args.env}__{SCRIPT}__{args.seed}__{int(time.time())}"
+    args.save_epochs = tuple(sorted({0, *args.save_epochs, *args.epochs}))
+    study = Path(args.resume).parent if args.resume else Path("runs") / args.run_name
+    if study.exists() and not args.resume:
+        stop(f"{study} already exists; choose another --run-name.")
+    return args, study
+
+
+def run_args(args, backbone, **changes):
+    """Return the arguments of the study's run that starts from `backbone`."""
+    if backbone not in ("random", "random-gpt2"):
+        changes |= dict(n_layer=None, n_head=None, n_embd=None, activation=None)
+    return resolve(replace(args, backbone=backbone, study=json.dumps(asdict(args)), **changes))
+
+
+def read_records(folder, epochs):
+    """Return the records per epoch of the finished run in `folder`, which must have checkpoints of these epochs."""
+    try:
+        records = json.loads((folder / "summary.json").read_text())["epochs"]
+    except (OSError, ValueError, KeyError) as error:
+        stop(f"{folder} cannot be analysed, it is no folder of a finished run: {first_line(error)}.")
+    for epoch in epochs:
+        if not (folder / "checkpoints" / f"epoch_{epoch}.pt").exists():
+            stop(f"{folder} cannot be analysed, it has no checkpoint of epoch {epoch}; train it with --save-epochs 0 {epoch}.")
+    return records
+
+
+def load_checkpoint(folder, epoch):
+    return torch.load(folder / "checkpoints" / f"epoch_{epoch}.pt", map_location="cpu", weights_only=True, mmap=True)
+
+
+def check_epochs(args):
+    """Refuse epochs that will not be trained, or were not."""
+    beyond = [] if args.runs else [epoch for epoch in args.epochs if not 0 <= epoch <= args.num_epochs]
+    if beyond:
+        stop(f"--epochs {beyond[0]} is not between 0 and --num-epochs {args.num_epochs}.")
+    for folder in args.runs:
+        read_records(Path(folder), args.epochs or (0,))
 
 
 # ======================================================================================================================
@@ -1155,61 +1207,12 @@ def parameter_change(before, after):
 
 
 # ======================================================================================================================
-# Study: several runs, trained here or earlier, and what is kept of them
-# ======================================================================================================================
-def open_study(args):
-    """Return the arguments of all runs together, and the folder of the study; one is resumed by any of its runs."""
-    if args.resume:  # its arguments are resolved for one backbone, those of the study are in one of them
-        may_change = {name: getattr(args, name) for name in MAY_CHANGE if hasattr(args, name)}
-        given = {name: tuple(x) if isinstance(x, list) else x for name, x in json.loads(args.study).items()}
-        args = Args(**{**given, **may_change})
-    args.run_name = args.run_name or f"{args.env}__{SCRIPT}__{args.seed}__{int(time.time())}"
-    args.save_epochs = tuple(sorted({0, *args.save_epochs, *args.epochs}))
-    study = Path(args.resume).parent if args.resume else Path("runs") / args.run_name
-    if study.exists() and not args.resume:
-        stop(f"{study} already exists; choose another --run-name.")
-    return args, study
-
-
-def run_args(args, backbone, **changes):
-    """Return the arguments of the study's run that starts from `backbone`."""
-    if backbone not in ("random", "random-gpt2"):
-        changes |= dict(n_layer=None, n_head=None, n_embd=None, activation=None)
-    return resolve(replace(args, backbone=backbone, study=json.dumps(asdict(args)), **changes))
-
-
-def finished_run(folder, epochs):
-    """Return the records per epoch of the finished run in `folder`, which must have checkpoints of these epochs."""
-    try:
-        records = json.loads((folder / "summary.json").read_text())["epochs"]
-    except (OSError, ValueError, KeyError) as error:
-        stop(f"{folder} cannot be analysed, it is no folder of a finished run: {first_line(error)}.")
-    for epoch in epochs:
-        if not (folder / "checkpoints" / f"epoch_{epoch}.pt").exists():
-            stop(f"{folder} cannot be analysed, it has no checkpoint of epoch {epoch}; train it with --save-epochs 0 {epoch}.")
-    return records
-
-
-def load_checkpoint(folder, epoch):
-    return torch.load(folder / "checkpoints" / f"epoch_{epoch}.pt", map_location="cpu", weights_only=True, mmap=True)
-
-
-def check_epochs(args):
-    """Refuse epochs that will not be trained, or were not."""
-    beyond = [] if args.runs else [epoch for epoch in args.epochs if not 0 <= epoch <= args.num_epochs]
-    if beyond:
-        stop(f"--epochs {beyond[0]} is not between 0 and --num-epochs {args.num_epochs}.")
-    for folder in args.runs:
-        finished_run(Path(folder), args.epochs or (0,))
-
-
-# ======================================================================================================================
 # Analysis: one checkpoint
 # ======================================================================================================================
 def analyse(run_folder, epoch, args):
     """Analyse the checkpoint of `epoch` in `run_folder` in float32; returns everything that the figures show."""
     start, checkpoint = (load_checkpoint(run_folder, e) for e in (0, epoch))
-    records, trained_with = finished_run(run_folder, (0, epoch)), checkpoint["args"]
+    records, trained_with = read_records(run_folder, (0, epoch)), checkpoint["args"]
     own = {name: trained_with[name] for name in ("env", "dataset", "context_length", "max_grad_norm", "backbone", "seed")}
     label = trained_with.get("member") or backbone_name(own["backbone"])
     data_args = replace(args, env=own["env"], dataset=own["dataset"])
@@ -1396,13 +1399,13 @@ if __name__ == "__main__":
     check(args)
     runs = {} if args.runs else members(args)
     analysis_args = resolve(replace(args, precision="fp32"))
-    with processes(), explained(analysis_args):
+    with process_group(), explained(analysis_args):
         for name, arguments in runs.items():
             train(arguments, study / name)
         if RANK == 0:
             folders = [study / name for name in runs] or [Path(folder) for folder in args.runs]
             print(f"\nthe analysis follows; by itself: python {SCRIPT}.py --runs {' '.join(map(str, folders))}")
-            last = {folder: len(finished_run(folder, (0, *args.epochs))) - 1 for folder in folders}
+            last = {folder: len(read_records(folder, (0, *args.epochs))) - 1 for folder in folders}
             checkpoints = [(folder, epoch) for folder in folders for epoch in args.epochs or (last[folder],)]
             bar = tqdm(checkpoints, desc="analysis", unit="checkpoint")
             results = [analyse(folder, epoch, analysis_args) for folder, epoch in bar]

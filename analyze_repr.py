@@ -6,8 +6,8 @@
 
 Paper: S. Takagi, "On the Effect of Pre-training for Transformer in Different Modality on Offline Reinforcement
 Learning", NeurIPS 2022, https://arxiv.org/abs/2211.09817 (sections 5.1 and 5.2, Apps. D, E and H.2, Fig. 2). The sections
-between Defaults and Run are those of dt_pretrained.py; what is particular to this question is Activations, CKA, Mutual
-information, Analysis, Figures and Experiment.
+from Defaults to Run are those of dt_pretrained.py, Study is that of analyze_grads.py; what is particular to this question is
+Activations, CKA, Mutual information, Analysis, Figures and Experiment.
 """
 
 import contextlib
@@ -119,9 +119,9 @@ class Args:
     save_epochs: tuple[int, ...] = (0,)
     """epochs after which a checkpoint is kept, 0 being before training; the last is always kept"""
     run_name: str | None = None
-    """folder under runs/; if not given, {env}__{script}__{backbone}__{seed}__{time}"""
+    """folder under runs/; if not given, {env}__{script}__{seed}__{time}"""
     resume: str | None = None
-    """run folder to go on with; its arguments hold, but for --num-epochs, --save-epochs and --device"""
+    """folder of the run to go on with, the others follow; arguments hold, but for --num-epochs, --save-epochs and --device"""
 
     backbone: tyro.conf.Suppress[str] = "random"
     """which of the backbones is being trained; set by the script"""
@@ -721,10 +721,10 @@ class TrainingStep:
         max_grad_norm = args.max_grad_norm or math.inf
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm)
         self.optimizer.step()
-        shares = torch.stack([loss.detach(), saturated])
+        sums = torch.stack([loss.detach(), saturated])
         if WORLD_SIZE > 1:
-            torch.distributed.all_reduce(shares)
-        return torch.stack([*shares, grad_norm, (grad_norm > max_grad_norm).float()])
+            torch.distributed.all_reduce(sums)
+        return torch.stack([*sums, grad_norm, (grad_norm > max_grad_norm).float()])
 
     def __call__(self, starts):
         if self.eager_steps == math.inf:
@@ -747,7 +747,7 @@ class TrainingStep:
 
 
 @contextlib.contextmanager
-def processes():
+def process_group():
     """Join the processes that torchrun has started, if it has; one of them speaks."""
     if WORLD_SIZE > 1:
         if torch.cuda.is_available():
@@ -759,7 +759,7 @@ def processes():
         torch.distributed.destroy_process_group()
 
 
-def all_processes(value):
+def all_gather(value):
     """Return every process's `value`, in the order of their ranks."""
     values = [value] * WORLD_SIZE
     if WORLD_SIZE > 1:
@@ -923,6 +923,7 @@ def train(args, run_folder):
         window_generator.set_state(window_state)
         print(f"going on after step {step}, with {len(records)} of {args.num_epochs + 1} evaluations done")
 
+    # What the run leaves behind
     if RANK == 0:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -949,11 +950,11 @@ def train(args, run_folder):
         states = [torch.get_rng_state(), gpu_state, window_generator.get_state()]
         save_checkpoint(
             "latest", optimizer=optimizer.state_dict(), metrics=metrics, records=records, history=history,
-            random_states=all_processes(states), train_seconds=train_seconds, eval_seconds=eval_seconds,
+            random_states=all_gather(states), train_seconds=train_seconds, eval_seconds=eval_seconds,
         )  # fmt: skip
 
     def end_if_interrupted():
-        numbers = sum(all_processes(SIGNALS), [])
+        numbers = sum(all_gather(SIGNALS), [])
         if numbers:
             save_latest()
             if RANK == 0:
@@ -961,6 +962,7 @@ def train(args, run_folder):
                 tqdm.write(f"interrupted after step {step}; go on with: {how}", file=sys.stderr)
             raise SystemExit(128 + numbers[0])
 
+    # Training
     handlers = {number: signal.signal(number, remember_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     trained = nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
     training_step = TrainingStep(trained, optimizer, data, args)
@@ -995,14 +997,15 @@ def train(args, run_folder):
                 speed = len(values) / (time.perf_counter() - logged_at)
                 log("train", {**means, "learning_rate": learning_rate.item(), "steps_per_second": speed})
                 logged_at = time.perf_counter()
-            if SIGNALS and WORLD_SIZE == 1 or logging and any(all_processes(bool(SIGNALS))):
+            if SIGNALS and WORLD_SIZE == 1 or logging and any(all_gather(bool(SIGNALS))):
                 break
         train_seconds += time.perf_counter() - started
         end_if_interrupted()
 
+        # Evaluation
         started = time.perf_counter()
         with autocast(args):
-            results = all_processes(evaluate(model, env, data, args, seeds))
+            results = all_gather(evaluate(model, env, data, args, seeds))
         end_if_interrupted()
         eval_seconds += time.perf_counter() - started
         returns, lengths = (np.concatenate(part) for part in zip(*results))
@@ -1078,6 +1081,55 @@ def parse_arguments():
     elif args.sample:
         args = tyro.cli(Args, default=SAMPLE)
     return args
+
+
+# ======================================================================================================================
+# Study: several runs, trained here or earlier, and what is kept of them
+# ======================================================================================================================
+def open_study(args):
+    """Return the arguments of all runs together, and the folder of the study; one is resumed by any of its runs."""
+    if args.resume:  # this run's arguments are resolved for its backbone; those of the study stand in one of them
+        may_change = {name: getattr(args, name) for name in MAY_CHANGE if hasattr(args, name)}
+        given = {name: tuple(x) if isinstance(x, list) else x for name, x in json.loads(args.study).items()}
+        args = Args(**{**given, **may_change})
+    args.run_name = args.run_name or f"{args.env}__{SCRIPT}__{args.seed}__{int(time.time())}"
+    args.save_epochs = tuple(sorted({0, *args.save_epochs, *args.epochs}))
+    study = Path(args.resume).parent if args.resume else Path("runs") / args.run_name
+    if study.exists() and not args.resume:
+        stop(f"{study} already exists; choose another --run-name.")
+    return args, study
+
+
+def run_args(args, backbone, **changes):
+    """Return the arguments of the study's run that starts from `backbone`."""
+    if backbone not in ("random", "random-gpt2"):
+        changes |= dict(n_layer=None, n_head=None, n_embd=None, activation=None)
+    return resolve(replace(args, backbone=backbone, study=json.dumps(asdict(args)), **changes))
+
+
+def read_records(folder, epochs):
+    """Return the records per epoch of the finished run in `folder`, which must have checkpoints of these epochs."""
+    try:
+        records = json.loads((folder / "summary.json").read_text())["epochs"]
+    except (OSError, ValueError, KeyError) as error:
+        stop(f"{folder} cannot be analysed, it is no folder of a finished run: {first_line(error)}.")
+    for epoch in epochs:
+        if not (folder / "checkpoints" / f"epoch_{epoch}.pt").exists():
+            stop(f"{folder} cannot be analysed, it has no checkpoint of epoch {epoch}; train it with --save-epochs 0 {epoch}.")
+    return records
+
+
+def load_checkpoint(folder, epoch):
+    return torch.load(folder / "checkpoints" / f"epoch_{epoch}.pt", map_location="cpu", weights_only=True, mmap=True)
+
+
+def check_epochs(args):
+    """Refuse epochs that will not be trained, or were not."""
+    beyond = [] if args.runs else [epoch for epoch in args.epochs if not 0 <= epoch <= args.num_epochs]
+    if beyond:
+        stop(f"--epochs {beyond[0]} is not between 0 and --num-epochs {args.num_epochs}.")
+    for folder in args.runs:
+        read_records(Path(folder), args.epochs or (0,))
 
 
 # ======================================================================================================================
@@ -1218,15 +1270,14 @@ def mutual_information(x, t, pairs, args, description=""):
 def estimate_group(x, t, jobs, args, bar):
     """Train the estimators of some (seed, i, j) side by side; returns their held-out and training estimates [2, jobs]."""
     seeds, of_x, of_t = zip(*jobs)
-    used_x, of_x = torch.unique(torch.tensor(of_x), return_inverse=True)
-    used_t, of_t = torch.unique(torch.tensor(of_t), return_inverse=True)
-    x, t = (torch.stack([v[i] for i in used]).to(args.device) for v, used in ((x, used_x), (t, used_t)))
+    used, of_t = torch.unique(torch.tensor(of_t), return_inverse=True)  # of all representations only those of this group
+    x, t = torch.stack(x).to(args.device), torch.stack([t[i] for i in used]).to(args.device)
     half = args.mine_windows
     if not args.mine_paper_settings:  # no information is gained or lost by units, but a network learns better in these
         x, t = ((v - v[:, :half].mean(1, keepdim=True)) / (v[:, :half].std(1, keepdim=True) + 1e-6) for v in (x, t))
     networks = StatisticsNetworks(x.shape[-1] + t.shape[-1], seeds).to(args.device)
     optimizer = torch.optim.Adam(networks.parameters(), 1e-4, fused=True)
-    rows_x, rows_t = of_x[:, None].to(args.device), of_t[:, None].to(args.device)
+    rows_x, rows_t = torch.tensor(of_x)[:, None].to(args.device), of_t[:, None].to(args.device)
 
     def statistics(windows, partners):
         """T on pairs that belong together, and with x from the partners [jobs, windows] on pairs that do not."""
@@ -1326,55 +1377,6 @@ def answer(asked, windows, representations, args, description):
 
 
 # ======================================================================================================================
-# Study: several runs, trained here or earlier, and what is kept of them
-# ======================================================================================================================
-def open_study(args):
-    """Return the arguments of all runs together, and the folder of the study; one is resumed by any of its runs."""
-    if args.resume:  # its arguments are resolved for one backbone, those of the study are in one of them
-        may_change = {name: getattr(args, name) for name in MAY_CHANGE if hasattr(args, name)}
-        given = {name: tuple(x) if isinstance(x, list) else x for name, x in json.loads(args.study).items()}
-        args = Args(**{**given, **may_change})
-    args.run_name = args.run_name or f"{args.env}__{SCRIPT}__{args.seed}__{int(time.time())}"
-    args.save_epochs = tuple(sorted({0, *args.save_epochs, *args.epochs}))
-    study = Path(args.resume).parent if args.resume else Path("runs") / args.run_name
-    if study.exists() and not args.resume:
-        stop(f"{study} already exists; choose another --run-name.")
-    return args, study
-
-
-def run_args(args, backbone, **changes):
-    """Return the arguments of the study's run that starts from `backbone`."""
-    if backbone not in ("random", "random-gpt2"):
-        changes |= dict(n_layer=None, n_head=None, n_embd=None, activation=None)
-    return resolve(replace(args, backbone=backbone, study=json.dumps(asdict(args)), **changes))
-
-
-def finished_run(folder, epochs):
-    """Return the records per epoch of the finished run in `folder`, which must have checkpoints of these epochs."""
-    try:
-        records = json.loads((folder / "summary.json").read_text())["epochs"]
-    except (OSError, ValueError, KeyError) as error:
-        stop(f"{folder} cannot be analysed, it is no folder of a finished run: {first_line(error)}.")
-    for epoch in epochs:
-        if not (folder / "checkpoints" / f"epoch_{epoch}.pt").exists():
-            stop(f"{folder} cannot be analysed, it has no checkpoint of epoch {epoch}; train it with --save-epochs 0 {epoch}.")
-    return records
-
-
-def load_checkpoint(folder, epoch):
-    return torch.load(folder / "checkpoints" / f"epoch_{epoch}.pt", map_location="cpu", weights_only=True, mmap=True)
-
-
-def check_epochs(args):
-    """Refuse epochs that will not be trained, or were not."""
-    beyond = [] if args.runs else [epoch for epoch in args.epochs if not 0 <= epoch <= args.num_epochs]
-    if beyond:
-        stop(f"--epochs {beyond[0]} is not between 0 and --num-epochs {args.num_epochs}.")
-    for folder in args.runs:
-        finished_run(Path(folder), args.epochs or (0,))
-
-
-# ======================================================================================================================
 # Analysis: the models before and after fine-tuning
 # ======================================================================================================================
 def chosen_steps(args, context_length):
@@ -1429,7 +1431,7 @@ def analyse(folders, args):
     """Analyse finished runs in float32, all on the same windows; returns one result per run and the answers about the data."""
     pairs = []
     for folder in folders:
-        last = len(finished_run(folder, args.epochs or (0,))) - 1
+        last = len(read_records(folder, args.epochs or (0,))) - 1
         pairs.append([load_checkpoint(folder, epoch) for epoch in args.epochs or (0, last)])
     shared = same_question([after for _, after in pairs])
     data_args = replace(args, env=shared["env"], dataset=shared["dataset"])
@@ -1713,7 +1715,7 @@ if __name__ == "__main__":
     args = check(args)
     runs = {} if args.runs else {Path(backbone).name: run_args(args, backbone) for backbone in args.backbones}
     analysis_args = resolve(replace(args, precision="fp32"))
-    with processes(), explained(analysis_args):
+    with process_group(), explained(analysis_args):
         for name, arguments in runs.items():
             train(arguments, study / name)
         if RANK == 0:

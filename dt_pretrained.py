@@ -694,10 +694,10 @@ class TrainingStep:
         max_grad_norm = args.max_grad_norm or math.inf
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm)
         self.optimizer.step()
-        shares = torch.stack([loss.detach(), saturated])
+        sums = torch.stack([loss.detach(), saturated])
         if WORLD_SIZE > 1:
-            torch.distributed.all_reduce(shares)
-        return torch.stack([*shares, grad_norm, (grad_norm > max_grad_norm).float()])
+            torch.distributed.all_reduce(sums)
+        return torch.stack([*sums, grad_norm, (grad_norm > max_grad_norm).float()])
 
     def __call__(self, starts):
         if self.eager_steps == math.inf:
@@ -720,7 +720,7 @@ class TrainingStep:
 
 
 @contextlib.contextmanager
-def processes():
+def process_group():
     """Join the processes that torchrun has started, if it has; one of them speaks."""
     if WORLD_SIZE > 1:
         if torch.cuda.is_available():
@@ -732,7 +732,7 @@ def processes():
         torch.distributed.destroy_process_group()
 
 
-def all_processes(value):
+def all_gather(value):
     """Return every process's `value`, in the order of their ranks."""
     values = [value] * WORLD_SIZE
     if WORLD_SIZE > 1:
@@ -896,6 +896,7 @@ def train(args, run_folder):
         window_generator.set_state(window_state)
         print(f"going on after step {step}, with {len(records)} of {args.num_epochs + 1} evaluations done")
 
+    # What the run leaves behind
     if RANK == 0:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -922,11 +923,11 @@ def train(args, run_folder):
         states = [torch.get_rng_state(), gpu_state, window_generator.get_state()]
         save_checkpoint(
             "latest", optimizer=optimizer.state_dict(), metrics=metrics, records=records, history=history,
-            random_states=all_processes(states), train_seconds=train_seconds, eval_seconds=eval_seconds,
+            random_states=all_gather(states), train_seconds=train_seconds, eval_seconds=eval_seconds,
         )  # fmt: skip
 
     def end_if_interrupted():
-        numbers = sum(all_processes(SIGNALS), [])
+        numbers = sum(all_gather(SIGNALS), [])
         if numbers:
             save_latest()
             if RANK == 0:
@@ -934,6 +935,7 @@ def train(args, run_folder):
                 tqdm.write(f"interrupted after step {step}; go on with: {how}", file=sys.stderr)
             raise SystemExit(128 + numbers[0])
 
+    # Training
     handlers = {number: signal.signal(number, remember_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     trained = nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
     training_step = TrainingStep(trained, optimizer, data, args)
@@ -968,14 +970,15 @@ def train(args, run_folder):
                 speed = len(values) / (time.perf_counter() - logged_at)
                 log("train", {**means, "learning_rate": learning_rate.item(), "steps_per_second": speed})
                 logged_at = time.perf_counter()
-            if SIGNALS and WORLD_SIZE == 1 or logging and any(all_processes(bool(SIGNALS))):
+            if SIGNALS and WORLD_SIZE == 1 or logging and any(all_gather(bool(SIGNALS))):
                 break
         train_seconds += time.perf_counter() - started
         end_if_interrupted()
 
+        # Evaluation
         started = time.perf_counter()
         with autocast(args):
-            results = all_processes(evaluate(model, env, data, args, seeds))
+            results = all_gather(evaluate(model, env, data, args, seeds))
         end_if_interrupted()
         eval_seconds += time.perf_counter() - started
         returns, lengths = (np.concatenate(part) for part in zip(*results))
@@ -1134,7 +1137,7 @@ if __name__ == "__main__":
     run_folder = Path(args.resume or f"runs/{args.run_name}")
     if args.capture_video and RANK == 0:
         make_camera(args).close()
-    with processes(), explained(args):
+    with process_group(), explained(args):
         summary, history = train(args, run_folder)
         if RANK == 0:
             save_figure(plot_learning_curve(summary["epochs"], history, args), run_folder, "learning_curve", summary["steps"])

@@ -8,7 +8,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("dt_pretrained.py", "dt_no_context.py", "analyze_grads.py", "analyze_repr.py")
-SHARED = ("Defaults", "Model", "Backbones", "Data", "Evaluation", "Training", "Interruptions", "Run", "Video", "Study")
+SHARED = ("Defaults", "Model", "Backbones", "Starting point", "Data", "Evaluation", "Training", "Interruptions", "Run", "Video")
+SHARED += ("Study",)
+OWN = {("dt_no_context.py", "Starting point")}  # sections that a script has in a version of its own
 BANNER = re.compile(r"^# ={118}\n# (.+)\n# ={118}\n", re.MULTILINE)
 
 
@@ -27,7 +29,8 @@ def rewritten(name):
     for script in reversed(SCRIPTS):
         originals |= split((ROOT / script).read_text())[1]
     head, sections = split((ROOT / name).read_text())
-    return head + "".join(originals[title] if title in SHARED else body for title, body in sections.items())
+    copied = [title in SHARED and (name, title) not in OWN for title in sections]
+    return head + "".join(originals[title] if copy else sections[title] for title, copy in zip(sections, copied))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def test_every_shared_section_is_there_and_in_order(name):
 
 @pytest.mark.parametrize(
     "name,old,new",
-    [("dt_no_context.py", "RETURN_SCALE = 1000", "RETURN_SCALE = 1"), ("analyze_repr.py", "def finished_run", "def any_run")],
+    [("dt_no_context.py", "RETURN_SCALE = 1000", "RETURN_SCALE = 1"), ("analyze_repr.py", "def read_records", "def records")],
 )
 def test_drift_is_noticed(name, old, new, tmp_path, monkeypatch):
     for script in SCRIPTS:
@@ -38,6 +38,29 @@ def test_drift_is_noticed(name, old, new, tmp_path, monkeypatch):
     copy.write_text(whole.replace(old, new, 1))
     monkeypatch.setattr(shared_sections, "ROOT", tmp_path)
     assert shared_sections.rewritten(name) == whole != copy.read_text()
+
+
+ARGUMENTS_OF_THEIR_OWN = {
+    "dt_no_context.py": {"context_length"},
+    "analyze_grads.py": {"backbone", "max_grad_norm", "num_epochs", "save_epochs", "run_name", "resume"},
+    "analyze_repr.py": {"backbone", "sample", "save_epochs", "run_name", "resume"},
+}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS_OF_THEIR_OWN)
+def test_arguments_of_one_name_are_the_same(name):
+    """Type, default and help; where they differ, they are listed here."""
+
+    def arguments(script):
+        tree = ast.parse((ROOT / script).read_text())
+        (args,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args"]
+        fields = zip(args.body, args.body[1:])
+        return {field.target.id: ast.dump(field) + ast.dump(text) for field, text in fields if isinstance(field, ast.AnnAssign)}
+
+    ours, theirs = arguments(name), arguments(SCRIPTS[0])
+    assert {argument for argument in ours.keys() & theirs.keys() if ours[argument] != theirs[argument]} == (
+        ARGUMENTS_OF_THEIR_OWN[name]
+    )
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
