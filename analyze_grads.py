@@ -1224,8 +1224,8 @@ def analyse(run_folder, epoch, args):
     model = rebuild_model(checkpoint, args.device).train(args.dropout_in_analysis)
     norms, total, cosines = gradient_statistics(model, windows, args.confusion_windows, args.chunk_size, label)
     norms, total = {name: x[: args.norm_windows] for name, x in norms.items()}, total[: args.norm_windows]
-    pairs = cosines[np.triu_indices(len(cosines), 1)]
     squares = {name: np.mean(x.astype(float) ** 2) for name, x in norms.items()}
+    pairs = cosines[np.triu_indices(len(cosines), 1)]
     sets, whole = parameter_change(start["model"], checkpoint["model"])
     clip = own["max_grad_norm"]
     return dict(
@@ -1278,9 +1278,8 @@ def plot_norms(results, args):
 
 def plot_confusion(results, args):
     """Distribution and minimum of the cosines between the gradients of two windows (Sankararaman et al. 2020)."""
-    figure = new_figure(
-        title(results, args, f"gradients of {args.confusion_windows} windows, pair by pair"), 4 + 2 * len(results), 4
-    )
+    what = f"gradients of {args.confusion_windows} windows, pair by pair"
+    figure = new_figure(title(results, args, what), 4 + 2 * len(results), 4)
     left, right = figure.subplots(1, 2)
     boxes(left, results, [r["cosines"] for r in results])
     left.set(ylabel="cosine similarity", title="all pairs")
@@ -1322,16 +1321,9 @@ def plot_clipping(results, args):
     panels = {"loss": "mean squared action error", "return_mean": "return", "grad_norm": "gradient norm before clipping"}
     for axes, (key, label) in zip(figure.subplots(1, 3), panels.items()):
         for result in results:
-            points = [(record["epoch"], record[key]) for record in result["records"] if record[key] is not None]
-            style = "-" if result["max_grad_norm"] else ":"
-            axes.plot(
-                *zip(*points),
-                style,
-                marker="o",
-                markersize=3,
-                color=color_of(result["label"]),
-                label=name_of(result).rsplit(",", 1)[0],
-            )
+            epochs, values = zip(*[(record["epoch"], record[key]) for record in result["records"] if record[key] is not None])
+            style, name = "-" if result["max_grad_norm"] else ":", name_of(result).rsplit(",", 1)[0]
+            axes.plot(epochs, values, style, marker="o", markersize=3, color=color_of(result["label"]), label=name)
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4)

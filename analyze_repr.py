@@ -1315,42 +1315,45 @@ def estimate_group(x, t, jobs, args, bar):
     return torch.stack([estimate(half), estimate(0)])
 
 
-def questions(num_blocks, context_length, steps):
-    """What the paper asks of one model: a list of what is estimated, without its values.
+def ask(analysis, quantity, block, variable, representation):
+    """A question, without its answer: the information of a (token, step) of the data and of one of the representations.
 
-    `quantity` is I(X;T) or I(Y;T), and `analysis` says whose: "context" (Fig. 2) is I(x_t; T(s_K)) and I(a_K; T(x_t)) for
-    every token x_t but a_K, in a shallow, a middle and a deep block; "no context" (App. E) is I(s_t; T(s_t)) and
-    I(a_t; T(s_t)) in every block. `variable` (token, step) is the data's side, `representation` (token, step) that of T.
-    The last question of each panel of a figure has a control, for which the windows of the data are shuffled.
+    Figures show it at the `token` and `step` that the question is about, which is not the label in Fig. 2.
     """
-    last, found = context_length - 1, []
+    token, step = representation if (analysis, quantity) == ("context", "I(Y;T)") else variable
+    question = dict(analysis=analysis, quantity=quantity, block=block, token=token, step=step)
+    return question | dict(variable=variable, representation=representation, control=False)
 
-    def ask(analysis, quantity, block, token, step, variable, representation):
-        question = dict(analysis=analysis, quantity=quantity, block=block, token=token, step=step, control=False)
-        found.append(question | dict(variable=variable, representation=representation))
 
-    for block in range(num_blocks):
-        for step in steps:
-            ask("no context", "I(X;T)", block, "state", step, ("state", step), ("state", step))
-            ask("no context", "I(Y;T)", block, "action", step, ("action", step), ("state", step))
-    for block in dict.fromkeys((0, num_blocks // 2, num_blocks - 1)):
-        for step in steps:
-            for token in TOKENS if step < last else TOKENS[:2]:
-                ask("context", "I(X;T)", block, token, step, (token, step), ("state", last))
-                ask("context", "I(Y;T)", block, token, step, ("action", last), (token, step))
-    shown_with = {(q["analysis"], q["quantity"], q["block"] if q["analysis"] == "context" else None): q for q in found}
-    return found + [q | dict(control=True) for q in shown_with.values()]
+def with_controls(asked):
+    """Add a control to each panel of a figure: its last question, with the windows of the data shuffled."""
+    panels = {(q["analysis"], q["quantity"], q["block"] if q["analysis"] == "context" else None): q for q in asked}
+    return asked + [q | dict(control=True) for q in panels.values()]
+
+
+def questions(num_blocks, context_length, steps):
+    """What the paper asks of one model.
+
+    "context" (Fig. 2) is I(x_t; T(s_K)), which is I(X;T), and I(a_K; T(x_t)), which is I(Y;T), for every token x_t but a_K in
+    a shallow, a middle and a deep block; "no context" (App. E) is I(s_t; T(s_t)) and I(a_t; T(s_t)) in every block.
+    """
+    last, asked = context_length - 1, []
+    for block, step in itertools.product(range(num_blocks), steps):
+        asked.append(ask("no context", "I(X;T)", block, ("state", step), ("state", step)))
+        asked.append(ask("no context", "I(Y;T)", block, ("action", step), ("state", step)))
+    for block, step in itertools.product(dict.fromkeys((0, num_blocks // 2, num_blocks - 1)), steps):
+        for token in TOKENS if step < last else TOKENS[:2]:
+            asked.append(ask("context", "I(X;T)", block, (token, step), ("state", last)))
+            asked.append(ask("context", "I(Y;T)", block, ("action", last), (token, step)))
+    return with_controls(asked)
 
 
 def questions_of_data(steps):
-    """What the paper asks of the data alone (App. H.2): I(s_t; a_t) and I(R_t; a_t); as `questions`, T being an action."""
-    found = []
-    for token, quantity in (("state", "I(s;a)"), ("return", "I(R;a)")):
-        for step in steps:
-            question = dict(analysis="data", quantity=quantity, block=None, token=token, step=step, control=False)
-            found.append(question | dict(variable=(token, step), representation=("action", step)))
-    shown_with = {q["quantity"]: q for q in found}
-    return found + [q | dict(control=True) for q in shown_with.values()]
+    """What the paper asks of the data alone (App. H.2): I(s_t; a_t) and I(R_t; a_t)."""
+    variables = itertools.product({"state": "I(s;a)", "return": "I(R;a)"}.items(), steps)
+    return with_controls(
+        [ask("data", quantity, None, (token, step), ("action", step)) for (token, quantity), step in variables]
+    )
 
 
 def answer(asked, windows, representations, args, description):
@@ -1363,16 +1366,14 @@ def answer(asked, windows, representations, args, description):
     shuffled = torch.cat(halves).to(windows[0].device)
     keys, answers = list(representations), []
     for token, x in zip(TOKENS, windows):
-        same_shape = [q for q in asked if q["variable"][0] == token]
-        columns = list(x.transpose(0, 1)) + list(x[shuffled].transpose(0, 1))  # K steps, and K shuffled ones
-        pairs = [
-            (q["variable"][1] + q["control"] * x.shape[1], keys.index((q["block"], *q["representation"]))) for q in same_shape
-        ]
-        if pairs:
-            held_out, training = mutual_information(
-                columns, list(representations.values()), pairs, args, f"{description}, {token}"
-            )
-            answers += [q | dict(held_out=a, training=b) for q, a, b in zip(same_shape, held_out.T, training.T)]
+        of_token = [q for q in asked if q["variable"][0] == token]
+        if not of_token:
+            continue
+        columns = [*x.transpose(0, 1), *x[shuffled].transpose(0, 1)]  # K steps, and K shuffled ones
+        places = [q["variable"][1] + q["control"] * x.shape[1] for q in of_token]
+        pairs = list(zip(places, [keys.index((q["block"], *q["representation"])) for q in of_token]))
+        estimates = mutual_information(columns, list(representations.values()), pairs, args, f"{description}, {token}")
+        answers += [q | dict(held_out=a, training=b) for q, a, b in zip(of_token, *np.swapaxes(estimates, 1, 2))]
     return answers
 
 
@@ -1489,11 +1490,8 @@ def plot_cka(results, args):
             axes.plot(depth, values, color=color_of(r["label"]), label=r["name"], marker=".", markersize=3, linewidth=1)
             axes.plot(depth[norms], values[norms], "D", color=color_of(r["label"]), markersize=5)
         axes.axhline(args.cka_threshold, color="black", linestyle="--", linewidth=0.8)
-        axes.set(
-            title=f"{token} token of the last step",
-            xlabel="depth, 0 first layer, 1 last",
-            ylim=(min(0, axes.get_ylim()[0]), 1.03),
-        )
+        axes.set(title=f"{token} token of the last step", xlabel="depth, 0 first layer, 1 last")
+        axes.set_ylim(min(0, axes.get_ylim()[0]), 1.03)
     figure.axes[0].set_ylabel("linear CKA, debiased")
     figure.axes[0].plot([], [], "D", color="black", markersize=5, label="LayerNorm")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)

@@ -1326,14 +1326,13 @@ def members(args):
 
 def print_comparison(runs):
     """Print a table like the paper's Table 2."""
-    print(f"\n{'run':<20} {'K':>3} {'seed':>5} {'best score':>11} {'last score':>11} {'last loss':>10} {'last saturated':>15}")
+    row = "{:<20} {:>3} {:>5} {:>11} {:>11} {:>10} {:>15}".format
+    print("\n" + row("run", "K", "seed", "best score", "last score", "last loss", "last saturated"))
     for run in runs:
-        last, best = run["epochs"][-1], show(run["best_normalized_score"], ".1f")
-        score, saturated = show(last["normalized_score"], ".1f"), f"{last['saturated_fraction']:.0%}"
-        print(
-            f"{run['name']:<20} {run['context_length']:>3} {run['seed']:>5} {best:>11} {score:>11} {last['loss']:>10.4f} "
-            f"{saturated:>15}"
-        )
+        last = run["epochs"][-1]
+        scores = [show(score, ".1f") for score in (run["best_normalized_score"], last["normalized_score"])]
+        loss, saturated = f"{last['loss']:.4f}", f"{last['saturated_fraction']:.0%}"
+        print(row(run["name"], run["context_length"], run["seed"], *scores, loss, saturated))
 
 
 if __name__ == "__main__":
@@ -1354,13 +1353,8 @@ if __name__ == "__main__":
             if RANK == 0 and args.capture_video:
                 capture_videos(run_folder, member_args)
             if RANK == 0 and args.attention_epochs:
-                distances_of[member] = measure_attention(run_folder, member_args)
-                save_figure(
-                    plot_attention(distances_of[member], member_args),
-                    run_folder,
-                    "attention_distance",
-                    max(args.attention_epochs),
-                )
+                distances = distances_of[member] = measure_attention(run_folder, member_args)
+                save_figure(plot_attention(distances, member_args), run_folder, "attention_distance", max(distances))
         if RANK == 0:
             runs = [read_run(folder) for folder in [*folders.values(), *args.compare]]
             name, plot = ("block_replacement", plot_blocks) if args.replace_blocks else ("learning_curve", plot_curves)

@@ -199,6 +199,14 @@ def test_interrupted_and_resumed(tmp_path):
     assert whole == cut and len(cut) == 2
 
 
+def test_a_finished_study_is_trained_on(run_script, tmp_path):
+    assert run_script(SCRIPT, *SIZE, "--backbones", "random", "random-gpt2", "--n-layer", "1", "--run-name", "a").status == 0
+    result = run_script(SCRIPT, "--resume", "runs/a/random", "--num-epochs", "2")
+    assert result.status == 0, result.err
+    results = json.loads((tmp_path / "runs" / "a" / "results.json").read_text())
+    assert [(r["label"], r["epoch"]) for r in results] == [("random", 2), ("random-gpt2", 2)]
+
+
 @pytest.mark.parametrize(
     "arguments,said",
     [

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn as nn
 from conftest import ROOT
-from test_interruptions import finish, start
+from test_interruptions import finish, start, wait_for
 from test_model import reference_backbone
 
 import analyze_repr as ar
@@ -287,6 +287,17 @@ def test_representations_are_block_outputs_at_their_tokens(monkeypatch):
     assert not representations
 
 
+def test_heat_maps_have_the_first_model_in_rows():
+    grams = {"a": torch.eye(4)[:2], "b": torch.eye(4)[1:]}  # the second layer of a is the first of b
+    results = [dict(name=name, grams={(when, "state"): g for when in ("before", "after")}) for name, g in grams.items()]
+    maps = ar.heat_maps(results, "state")
+    assert [m[:3] for m in maps] == [
+        ("a, before", "a", "a"), ("b, before", "b", "b"), ("a, after", "a", "a"), ("b, after", "b", "b"),
+        ("a and b, after", "a", "b"),
+    ]  # fmt: skip
+    np.testing.assert_array_equal(maps[-1][3], [[0, 0, 0], [1, 0, 0]])
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Whole runs
 # ---------------------------------------------------------------------------------------------------------------
@@ -361,14 +372,16 @@ def test_the_papers_settings_are_a_flag():
     assert list(ar.estimate_names(ar.Args())) == ["held_out", "training"]
 
 
-def test_interrupted_in_the_analysis(run_script, tmp_path):
-    assert run_script("dt_pretrained.py", *SIZE[:7], "--backbone", "random", "--run-name", "a").status == 0
-    size = [*SIZE, "--mine-passes", "100000", "--cka-windows", "0"]
-    process = start(tmp_path, *size, "--runs", "runs/a", "--run-name", "b", program=(ROOT / SCRIPT,))
-    time.sleep(8)
+def test_interrupted_in_the_analysis(tmp_path):
+    """The training before it has finished and gives the signals back."""
+    size = [*SIZE, "--backbones", "random", "--mine-passes", "100000", "--cka-windows", "0"]
+    process = start(tmp_path, *size, "--run-name", "a", program=(ROOT / SCRIPT,))
+    wait_for(tmp_path / "runs" / "a" / "random" / "summary.json", process)
+    time.sleep(2)
     process.send_signal(signal.SIGINT)
     status, out, said = finish(process)
-    assert status == 128 + signal.SIGINT and said[-1].startswith("interrupted") and "--runs runs/a" in out, (out, said)
+    assert status == 128 + signal.SIGINT and said[-1].startswith("interrupted"), said
+    assert "python analyze_repr.py --runs runs/a/random" in out
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What may happen to a run: signals, kills, a full disk, numbers that blow up, checkpoints that do not fit; torchrun."""
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY
@@ -153,6 +155,13 @@ def test_save_leaves_the_old_file_when_writing_fails(tmp_path, capsys):
         dt.save(path, fail)
     assert end.value.code == 2 and path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
     assert "No space left" in capsys.readouterr().err
+
+
+def test_json_holds_arrays_and_null_for_nan(tmp_path):
+    content = {"array": np.array([1.5, np.nan]), "tensor": torch.tensor([[1, 2]]), "scalar": np.float32(0.5), "nan": math.nan}
+    dt.save_json(tmp_path / "file", content)
+    read = json.loads((tmp_path / "file").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert read == {"array": [1.5, None], "tensor": [[1, 2]], "scalar": 0.5, "nan": None}
 
 
 def test_numbers_that_blow_up_end_the_run(run_script, tmp_path):
