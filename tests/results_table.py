@@ -83,17 +83,20 @@ def score_table(folders):
 
 
 def attention_table(folders):
-    """Section 5.6.2: median gap per block of the K = 1 runs."""
-    rows = []
-    for folder, results in read(folders, "results.json").items():
+    """Section 5.6.2: median gap per block of the K = 1 runs, mean over seeds."""
+    groups = {}
+    for results in read(folders, "results.json").values():
         measured = isinstance(results, dict) and results.get("attention_distance", {}).get("attention")
         if measured:
             (first, _), (last, gaps) = list(measured["gap"].items())[:: len(measured["gap"]) - 1]
             run = results["runs"][0]
-            medians = ", ".join(f"{gap:.2f}" for gap in np.median(gaps, axis=0))
-            rows.append((f"`{run['name']}`", run["env"], str(run["seed"]), f"{first} and {last}", medians))
-    rows = sorted(set(rows), key=lambda row: (row[1], BACKBONES.index(row[0].strip("`")), row[2]))
-    return markdown(("backbone", "environment", "seed", "epochs", "median gap per block, tokens"), rows)
+            seeds = groups.setdefault((run["env"], run["name"], f"{first} and {last}"), {})
+            seeds[run["seed"]] = np.median(gaps, axis=0)
+    rows = []
+    for (env, name, epochs), seeds in sorted(groups.items(), key=lambda group: (group[0][0], BACKBONES.index(group[0][1]))):
+        gaps = ", ".join(f"{gap:.2f}" for gap in np.mean(list(seeds.values()), axis=0))
+        rows.append((env, f"`{name}`", ", ".join(map(str, sorted(seeds))), epochs, gaps))
+    return markdown(("environment", "backbone", "seeds", "epochs", "median gap per block, tokens"), rows)
 
 
 def block_table(folders):
