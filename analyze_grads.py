@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 import warnings
+from collections import defaultdict, namedtuple
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -130,16 +131,8 @@ SAMPLE = Args(
 # ======================================================================================================================
 # Defaults: what depends on the environment, the device and the other arguments
 # ======================================================================================================================
-@dataclass(frozen=True)
-class Task:
-    """What the study fixes per environment; D4RL's reference returns give the normalized score."""
-
-    dataset: str
-    target_return: float
-    random_return: float
-    expert_return: float
-
-
+# What the study fixes per environment; D4RL's returns of a random policy and of an expert give the normalized score.
+Task = namedtuple("Task", "dataset target_return random_return expert_return")
 TASKS = {
     "Hopper": Task("mujoco/hopper/medium-v0", 3600, -20.272305, 3234.3),
     "HalfCheetah": Task("mujoco/halfcheetah/medium-v0", 6000, -280.178953, 12135.0),
@@ -614,11 +607,12 @@ def action_range(env):
 
 
 @torch.no_grad()
-def evaluate(model, env, data, args, seeds):
+def evaluate(model, env, data, args, seeds, after_step=None):
     """Play one episode in each copy of `env`, started with these seeds and asking for `args.target_return`.
 
     Returns the episodes' undiscounted returns and lengths in steps, both [episodes]. As in the Decision Transformer's
     evaluation, the return-to-go falls by each reward and the model sees the last K steps. A signal cuts it short.
+    `after_step`, if given, is called with the number of each step that has been made.
     """
     model.eval()
     num_episodes, K = env.num_envs, args.context_length
@@ -651,6 +645,8 @@ def evaluate(model, env, data, args, seeds):
         returns_to_go[:, t + 1, 0] = returns_to_go[:, t, 0] - torch.as_tensor(rewards / RETURN_SCALE, device=args.device)
         running &= ~(terminated | truncated)
         bar.update()
+        if after_step:
+            after_step(t)
         if SIGNALS or not running.any():
             break
     bar.close()
@@ -1034,12 +1030,9 @@ def train(args, run_folder):
     return summary, history
 
 
-COLORS = {"gpt2": "#0072B2", "igpt": "#D55E00", "igpt-as-gpt2": "#E69F00", "random": "#555555", "random-gpt2": "#009E73"}
-OTHER_COLOR = "#CC79A7"  # Okabe and Ito's palette: also for the colour-blind
-
-
-def color_of(backbone):
-    return COLORS.get(backbone, OTHER_COLOR)
+# Okabe and Ito's palette, also for the colour-blind; whatever is not named has the first colour.
+COLORS = defaultdict(lambda: "#CC79A7")
+COLORS |= {"gpt2": "#0072B2", "igpt": "#D55E00", "igpt-as-gpt2": "#E69F00", "random": "#555555", "random-gpt2": "#009E73"}
 
 
 def new_figure(title, width, height):
@@ -1257,7 +1250,7 @@ def boxes(axes, results, values):
     """One box per result in its colour."""
     drawn = axes.boxplot(values, tick_labels=[name_of(r).replace(", ", "\n") for r in results], patch_artist=True, widths=0.6)
     for box, median, result in zip(drawn["boxes"], drawn["medians"], results):
-        box.set(facecolor=color_of(result["label"]), alpha=0.6)
+        box.set(facecolor=COLORS[result["label"]], alpha=0.6)
         median.set(color="black")
     axes.tick_params(axis="x", labelsize="small")
 
@@ -1284,7 +1277,7 @@ def plot_confusion(results, args):
     boxes(left, results, [r["cosines"] for r in results])
     left.set(ylabel="cosine similarity", title="all pairs")
     left.axhline(0, color="black", linewidth=0.5)
-    right.bar(range(len(results)), [r["confusion"] for r in results], color=[color_of(r["label"]) for r in results])
+    right.bar(range(len(results)), [r["confusion"] for r in results], color=[COLORS[r["label"]] for r in results])
     right.set_xticks(range(len(results)), [name_of(r).replace(", ", "\n") for r in results], fontsize="small")
     right.set(ylabel="minimum cosine similarity", title="gradient confusion")
     right.axhline(0, color="black", linewidth=0.5)
@@ -1304,7 +1297,7 @@ def plot_sets(results, args, what, panels):
         width = 0.8 / len(bars)
         for i, (result, values) in enumerate(bars):
             x = [place[name] + (i - (len(bars) - 1) / 2) * width for name in values]
-            axes.bar(x, list(values.values()), width, color=color_of(result["label"]), label=name_of(result))
+            axes.bar(x, list(values.values()), width, color=COLORS[result["label"]], label=name_of(result))
         if label == "cosine similarity":
             lowest = np.nanmin([value for _, values in bars for value in values.values()])
             axes.set_ylim(lowest - 0.1 * (1 - lowest), 1)
@@ -1323,7 +1316,7 @@ def plot_clipping(results, args):
         for result in results:
             epochs, values = zip(*[(record["epoch"], record[key]) for record in result["records"] if record[key] is not None])
             style, name = "-" if result["max_grad_norm"] else ":", name_of(result).rsplit(",", 1)[0]
-            axes.plot(epochs, values, style, marker="o", markersize=3, color=color_of(result["label"]), label=name)
+            axes.plot(epochs, values, style, marker="o", markersize=3, color=COLORS[result["label"]], label=name)
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4)

@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 import warnings
+from collections import defaultdict, namedtuple
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -139,16 +140,8 @@ SAMPLE = Args(
 # ======================================================================================================================
 # Defaults: what depends on the environment, the device and the other arguments
 # ======================================================================================================================
-@dataclass(frozen=True)
-class Task:
-    """What the study fixes per environment; D4RL's reference returns give the normalized score."""
-
-    dataset: str
-    target_return: float
-    random_return: float
-    expert_return: float
-
-
+# What the study fixes per environment; D4RL's returns of a random policy and of an expert give the normalized score.
+Task = namedtuple("Task", "dataset target_return random_return expert_return")
 TASKS = {
     "Hopper": Task("mujoco/hopper/medium-v0", 3600, -20.272305, 3234.3),
     "HalfCheetah": Task("mujoco/halfcheetah/medium-v0", 6000, -280.178953, 12135.0),
@@ -623,11 +616,12 @@ def action_range(env):
 
 
 @torch.no_grad()
-def evaluate(model, env, data, args, seeds):
+def evaluate(model, env, data, args, seeds, after_step=None):
     """Play one episode in each copy of `env`, started with these seeds and asking for `args.target_return`.
 
     Returns the episodes' undiscounted returns and lengths in steps, both [episodes]. As in the Decision Transformer's
     evaluation, the return-to-go falls by each reward and the model sees the last K steps. A signal cuts it short.
+    `after_step`, if given, is called with the number of each step that has been made.
     """
     model.eval()
     num_episodes, K = env.num_envs, args.context_length
@@ -660,6 +654,8 @@ def evaluate(model, env, data, args, seeds):
         returns_to_go[:, t + 1, 0] = returns_to_go[:, t, 0] - torch.as_tensor(rewards / RETURN_SCALE, device=args.device)
         running &= ~(terminated | truncated)
         bar.update()
+        if after_step:
+            after_step(t)
         if SIGNALS or not running.any():
             break
     bar.close()
@@ -1043,12 +1039,9 @@ def train(args, run_folder):
     return summary, history
 
 
-COLORS = {"gpt2": "#0072B2", "igpt": "#D55E00", "igpt-as-gpt2": "#E69F00", "random": "#555555", "random-gpt2": "#009E73"}
-OTHER_COLOR = "#CC79A7"  # Okabe and Ito's palette: also for the colour-blind
-
-
-def color_of(backbone):
-    return COLORS.get(backbone, OTHER_COLOR)
+# Okabe and Ito's palette, also for the colour-blind; whatever is not named has the first colour.
+COLORS = defaultdict(lambda: "#CC79A7")
+COLORS |= {"gpt2": "#0072B2", "igpt": "#D55E00", "igpt-as-gpt2": "#E69F00", "random": "#555555", "random-gpt2": "#009E73"}
 
 
 def new_figure(title, width, height):
@@ -1487,8 +1480,8 @@ def plot_cka(results, args):
     for axes, token in zip(figure.subplots(1, 3, sharey=True), TOKENS):
         for r in results:
             values = align(similarity(r, token), num_blocks)
-            axes.plot(depth, values, color=color_of(r["label"]), label=r["name"], marker=".", markersize=3, linewidth=1)
-            axes.plot(depth[norms], values[norms], "D", color=color_of(r["label"]), markersize=5)
+            axes.plot(depth, values, color=COLORS[r["label"]], label=r["name"], marker=".", markersize=3, linewidth=1)
+            axes.plot(depth[norms], values[norms], "D", color=COLORS[r["label"]], markersize=5)
         axes.axhline(args.cka_threshold, color="black", linestyle="--", linewidth=0.8)
         axes.set(title=f"{token} token of the last step", xlabel="depth, 0 first layer, 1 last")
         axes.set_ylim(min(0, axes.get_ylim()[0]), 1.03)
@@ -1551,7 +1544,7 @@ def plot_information(results, args):
     for panels, (quantity, estimate) in zip(grid, rows):
         for r in results:
             context = select(r["information"], analysis="context", quantity=quantity)
-            blocks, color = sorted({a["block"] for a in context}), color_of(r["label"])
+            blocks, color = sorted({a["block"] for a in context}), COLORS[r["label"]]
             for axes, block, depth in zip(panels, blocks, DEPTHS):
                 for token, marker in MARKERS.items():
                     points = select(context, control=False, block=block, token=token)
@@ -1567,7 +1560,7 @@ def plot_information(results, args):
     for axes in grid[-1]:
         axes.set_xlabel("time step of the token, 0 the last")
         axes.xaxis.get_major_locator().set_params(integer=True)
-    handles = [axes.plot([], [], color=color_of(r["label"]), label=r["name"])[0] for r in results]
+    handles = [axes.plot([], [], color=COLORS[r["label"]], label=r["name"])[0] for r in results]
     handles += [axes.plot([], [], marker, color="black", label=token)[0] for token, marker in MARKERS.items()]
     handles += axes.plot([], [], "--", color="black", label="control: data shuffled")
     figure.legend(handles=handles, loc="outside lower center", ncols=8, frameon=False)
@@ -1582,7 +1575,7 @@ def plot_no_context(results, args):
     for panels, (estimate, description) in zip(grid, estimate_names(args).items()):
         for axes, (quantity, formula) in zip(panels, {"I(X;T)": "I(s_t; T(s_t))", "I(Y;T)": "I(a_t; T(s_t))"}.items()):
             for r in results:
-                answers, color = select(r["information"], analysis="no context", quantity=quantity), color_of(r["label"])
+                answers, color = select(r["information"], analysis="no context", quantity=quantity), COLORS[r["label"]]
                 depth = (np.arange(r["num_blocks"]) + 0.5) / r["num_blocks"]
                 values = np.mean([a[estimate] for a in select(answers, control=False)], axis=1)
                 values = values.reshape(r["num_blocks"], -1)  # [blocks, steps]
@@ -1606,7 +1599,7 @@ def plot_data_information(results, in_data, args):
         for place, (quantity, formula) in enumerate({"I(s;a)": "I(s_t; a_t)", "I(R;a)": "I(R_t; a_t)"}.items(), start=1):
             values = np.mean([a[estimate] for a in select(in_data, control=False, quantity=quantity)], axis=1)  # [steps]
             axes.boxplot([values[np.isfinite(values)]], positions=[place], widths=0.3, tick_labels=[formula])
-            axes.plot(np.full(len(values), place), values, ".", color=OTHER_COLOR, markersize=4)
+            axes.plot(np.full(len(values), place), values, ".", color=COLORS["data"], markersize=4)
             (control,) = select(in_data, control=True, quantity=quantity)
             axes.hlines(np.mean(control[estimate]), place - 0.3, place + 0.3, color="black", linestyle="--", linewidth=1)
         axes.set_title(f"read off {description}", fontsize="medium")

@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 import warnings
+from collections import defaultdict, namedtuple
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -112,16 +113,8 @@ SAMPLE = Args(
 # ======================================================================================================================
 # Defaults: what depends on the environment, the device and the other arguments
 # ======================================================================================================================
-@dataclass(frozen=True)
-class Task:
-    """What the study fixes per environment; D4RL's reference returns give the normalized score."""
-
-    dataset: str
-    target_return: float
-    random_return: float
-    expert_return: float
-
-
+# What the study fixes per environment; D4RL's returns of a random policy and of an expert give the normalized score.
+Task = namedtuple("Task", "dataset target_return random_return expert_return")
 TASKS = {
     "Hopper": Task("mujoco/hopper/medium-v0", 3600, -20.272305, 3234.3),
     "HalfCheetah": Task("mujoco/halfcheetah/medium-v0", 6000, -280.178953, 12135.0),
@@ -596,11 +589,12 @@ def action_range(env):
 
 
 @torch.no_grad()
-def evaluate(model, env, data, args, seeds):
+def evaluate(model, env, data, args, seeds, after_step=None):
     """Play one episode in each copy of `env`, started with these seeds and asking for `args.target_return`.
 
     Returns the episodes' undiscounted returns and lengths in steps, both [episodes]. As in the Decision Transformer's
     evaluation, the return-to-go falls by each reward and the model sees the last K steps. A signal cuts it short.
+    `after_step`, if given, is called with the number of each step that has been made.
     """
     model.eval()
     num_episodes, K = env.num_envs, args.context_length
@@ -633,6 +627,8 @@ def evaluate(model, env, data, args, seeds):
         returns_to_go[:, t + 1, 0] = returns_to_go[:, t, 0] - torch.as_tensor(rewards / RETURN_SCALE, device=args.device)
         running &= ~(terminated | truncated)
         bar.update()
+        if after_step:
+            after_step(t)
         if SIGNALS or not running.any():
             break
     bar.close()
@@ -1016,12 +1012,9 @@ def train(args, run_folder):
     return summary, history
 
 
-COLORS = {"gpt2": "#0072B2", "igpt": "#D55E00", "igpt-as-gpt2": "#E69F00", "random": "#555555", "random-gpt2": "#009E73"}
-OTHER_COLOR = "#CC79A7"  # Okabe and Ito's palette: also for the colour-blind
-
-
-def color_of(backbone):
-    return COLORS.get(backbone, OTHER_COLOR)
+# Okabe and Ito's palette, also for the colour-blind; whatever is not named has the first colour.
+COLORS = defaultdict(lambda: "#CC79A7")
+COLORS |= {"gpt2": "#0072B2", "igpt": "#D55E00", "igpt-as-gpt2": "#E69F00", "random": "#555555", "random-gpt2": "#009E73"}
 
 
 def new_figure(title, width, height):
@@ -1061,7 +1054,7 @@ def parse_arguments():
 # ======================================================================================================================
 def plot_learning_curve(records, history, args):
     """Draw return, training loss with saturation, and gradient norm with the clipping threshold; returns the figure."""
-    sample, color = ", bundled sample" * args.sample, color_of(args.backbone)
+    sample, color = ", bundled sample" * args.sample, COLORS[args.backbone]
     title = f"{args.env}, {backbone_name(args.backbone)}, K = {args.context_length}, seed {args.seed}{sample}"
     figure = new_figure(title, 12, 3.6)
     left, middle, right = figure.subplots(1, 3)
@@ -1092,12 +1085,13 @@ def plot_learning_curve(records, history, args):
 # Video: one episode of the best and of the last model
 # ======================================================================================================================
 def make_camera(args):
-    """Return one environment that films itself, without a screen too; says what is missing before anything is trained."""
+    """Return one environment that can be rendered, without a screen too; says what is missing before anything is trained."""
     if sys.platform == "linux" and not {"MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ):
         os.environ["MUJOCO_GL"] = "egl"
-    env = make_env(args, 1, render_mode="rgb_array_list")
+    env = make_env(args, 1, render_mode="rgb_array")
     try:
         env.reset(seed=[args.seed])
+        env.render()
     except Exception as error:
         stop(
             f"--capture-video cannot render {args.env} here with MUJOCO_GL={os.environ.get('MUJOCO_GL')} ({first_line(error)}); "
@@ -1118,12 +1112,18 @@ def capture_videos(run_folder, args):
     for name, file in (("best", "best"), ("last", f"epoch_{args.num_epochs}")):
         checkpoint = torch.load(run_folder / "checkpoints" / f"{file}.pt", map_location=args.device, weights_only=True)
         normalization = SimpleNamespace(state_mean=checkpoint["state_mean"], state_std=checkpoint["state_std"])
+        frames = []
+
+        def film(step):
+            if step % every == 0:
+                frames.append(env.render()[0][::2, ::2])
+
         with autocast(args):
-            evaluate(rebuild_model(checkpoint, args.device), env, normalization, args, [args.seed])
-        frames = np.stack(env.render()[0][::every])[:, ::2, ::2]  # [frames, height, width, 3]
-        gif = imageio.imwrite("<bytes>", frames, extension=".gif", duration=1000 * every / steps_per_second, loop=0)
+            evaluate(rebuild_model(checkpoint, args.device), env, normalization, args, [args.seed], film)
+        gif = imageio.imwrite("<bytes>", np.stack(frames), extension=".gif", duration=1000 * every / steps_per_second, loop=0)
         save(run_folder / f"{name}.gif", lambda file: file.write(gif))
-        image = Summary.Image(height=frames.shape[1], width=frames.shape[2], colorspace=3, encoded_image_string=gif)
+        height, width, _ = frames[0].shape
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
         with SummaryWriter(run_folder) as writer:
             writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=f"video/{name}", image=image)]), checkpoint["step"])
     env.close()
