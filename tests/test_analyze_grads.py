@@ -147,6 +147,9 @@ def test_train_and_analyse(run_script, tmp_path):
     for r in results:
         assert len(r["norm_before"]) == 5 and len(r["cosines"]) == 6 and r["confusion"] == min(r["cosines"])
         assert r["norm_after"] == [min(x, r["max_grad_norm"] or x) for x in r["norm_before"]]
+        clipped = np.mean(np.array(r["norm_before"]) > r["max_grad_norm"]) if r["max_grad_norm"] else 0
+        assert r["clipped_windows"] == clipped and r["median_norm"] == np.median(r["norm_before"])
+        assert abs(r["mean_cosine"] - np.mean(r["cosines"])) < 1e-9
         assert abs(sum(r["set_shares"].values()) - 1) < 1e-6 and r["distance"] > 0 and 0 < r["cosine"] < 1
         assert abs(sum(c["distance"] ** 2 for c in r["change"].values()) ** 0.5 - r["distance"]) < 1e-6
     arrays = np.load(folder / "gradients.npz")
