@@ -30,6 +30,16 @@ def test_two_runs_of_one_seed_are_refused(tmp_path):
         results_table.score_table(folders)
 
 
+def test_attention_gaps_are_medians_over_windows_and_means_over_seeds(tmp_path):
+    for seed, gaps in ((666, [[0.0, 1.0], [0.2, 1.0], [9.0, 4.0]]), (42, [[0.4, 2.0]] * 3)):  # [windows, blocks]
+        gap = {"0": [[0.0, 0.0]] * 3, "4": gaps}
+        results = dict(runs=[dict(name="gpt2", env="Hopper-v4", seed=seed)], attention_distance={"attention": {"gap": gap}})
+        (tmp_path / str(seed)).mkdir()
+        (tmp_path / str(seed) / "results.json").write_text(json.dumps(results))
+    table = results_table.attention_table([tmp_path / "666", tmp_path / "42"])
+    assert table.splitlines()[2:] == ["| Hopper-v4 | `gpt2` | 42, 666 | 0 and 4 | 0.30, 1.50 |"]
+
+
 def test_a_readme_is_filled_between_its_marks(tmp_path, capsys):
     readme = tmp_path / "README.md"
     readme.write_text(
