@@ -191,9 +191,8 @@ def resolve(args):
     elif Path(args.backbone).is_dir():
         args.backbone = str(Path(args.backbone).resolve())
     if args.run_name is None:
-        args.run_name = f"{args.env}__{SCRIPT}__{backbone_name(args.backbone)}__{args.seed}__{int(time.time())}".replace(
-            "/", "--"
-        )
+        parts = (args.env, SCRIPT, backbone_name(args.backbone), args.seed, int(time.time()))
+        args.run_name = "__".join(map(str, parts)).replace("/", "--")
     return args
 
 
@@ -709,7 +708,7 @@ class TrainingStep:
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm)
         self.optimizer.step()
         sums = torch.stack([loss.detach(), saturated])
-        if WORLD_SIZE > 1:
+        if WORLD_SIZE > 1:  # as the gradient, which is everyone's already
             torch.distributed.all_reduce(sums)
         return torch.stack([*sums, grad_norm, (grad_norm > max_grad_norm).float()])
 
@@ -854,7 +853,7 @@ def print_table(records, summary):
 
 
 def train(args, run_folder):
-    """Train and evaluate as `args` say; a run that is resumed goes on from its latest checkpoint.
+    """Train and evaluate as `args` say; a run that is resumed goes on from its latest checkpoint, if it has one.
 
     Leaves checkpoints, TensorBoard events, args.json and summary.json in `run_folder`; returns the summary and the history
     of METRICS, one entry per logging interval.
@@ -1076,7 +1075,7 @@ def open_study(args):
         may_change = {name: getattr(args, name) for name in MAY_CHANGE if hasattr(args, name)}
         given = {name: tuple(x) if isinstance(x, list) else x for name, x in json.loads(args.study).items()}
         args = Args(**{**given, **may_change})
-    args.run_name = args.run_name or f"{args.env}__{SCRIPT}__{args.seed}__{int(time.time())}"
+    args.run_name = args.run_name or f"{args.env}__{SCRIPT}__{args.seed}__{int(time.time())}".replace("/", "--")
     args.save_epochs = tuple(sorted({0, *args.save_epochs, *args.epochs}))
     study = Path(args.resume).parent if args.resume else Path("runs") / args.run_name
     if study.exists() and not args.resume:

@@ -187,9 +187,8 @@ def resolve(args):
     elif Path(args.backbone).is_dir():
         args.backbone = str(Path(args.backbone).resolve())
     if args.run_name is None:
-        args.run_name = f"{args.env}__{SCRIPT}__{backbone_name(args.backbone)}__{args.seed}__{int(time.time())}".replace(
-            "/", "--"
-        )
+        parts = (args.env, SCRIPT, backbone_name(args.backbone), args.seed, int(time.time()))
+        args.run_name = "__".join(map(str, parts)).replace("/", "--")
     return args
 
 
@@ -724,7 +723,7 @@ class TrainingStep:
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm)
         self.optimizer.step()
         sums = torch.stack([loss.detach(), saturated])
-        if WORLD_SIZE > 1:
+        if WORLD_SIZE > 1:  # as the gradient, which is everyone's already
             torch.distributed.all_reduce(sums)
         return torch.stack([*sums, grad_norm, (grad_norm > max_grad_norm).float()])
 
@@ -869,7 +868,7 @@ def print_table(records, summary):
 
 
 def train(args, run_folder):
-    """Train and evaluate as `args` say; a run that is resumed goes on from its latest checkpoint.
+    """Train and evaluate as `args` say; a run that is resumed goes on from its latest checkpoint, if it has one.
 
     Leaves checkpoints, TensorBoard events, args.json and summary.json in `run_folder`; returns the summary and the history
     of METRICS, one entry per logging interval.
