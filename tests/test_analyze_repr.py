@@ -375,7 +375,8 @@ def test_the_papers_settings_are_a_flag():
 def test_interrupted_in_the_analysis(tmp_path):
     """The training before it has finished and gives the signals back."""
     size = [*SIZE, "--backbones", "random", "--mine-passes", "100000", "--cka-windows", "0"]
-    process = start(tmp_path, *size, "--run-name", "a", program=(ROOT / SCRIPT,))
+    in_terminal = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - jobs in the background ignore Ctrl-C
+    process = start(tmp_path, *size, "--run-name", "a", program=(ROOT / SCRIPT,), preexec_fn=in_terminal)
     wait_for(tmp_path / "runs" / "a" / "random" / "summary.json", process)
     time.sleep(2)
     process.send_signal(signal.SIGINT)
