@@ -1351,9 +1351,9 @@ def print_findings(results):
     columns = {"median_norm": ".3f", "clipped_windows": ".0%", "clipped_steps": ".0%", "confusion": ".3f", "mean_cosine": ".3f"}
     columns |= {"distance": ".2f", "relative_distance": ".4f", "cosine": ".5f"}
     width = max(len(name_of(r)) for r in results)
-    print("\n" + " " * width + "".join(f"{name:>19}" for name in columns))
+    print("\n" + " " * width + "".join(f"  {name}" for name in columns))
     for r in results:
-        print(name_of(r).ljust(width) + "".join(f"{show(r[name], form):>19}" for name, form in columns.items()))
+        print(name_of(r).ljust(width) + "".join(show(r[name], form).rjust(len(name) + 2) for name, form in columns.items()))
     print("\nlargest shares of the squared gradient over the blocks:")
     for r in results:
         print(name_of(r).ljust(width), largest_sets(r))
