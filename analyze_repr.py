@@ -1,35 +1,41 @@
-"""What the representations keep through fine-tuning, and how much they know of the data.
+"""Open up the representations: what does fine-tuning leave of them, and what do they know about the data?
 
-    python analyze_repr.py --sample                                              # three backbones, four minutes on two cores
-    python analyze_repr.py --backbones random gpt2 igpt --env Hopper-v4          # fine-tunes each for 40 epochs, as the paper
-    python analyze_repr.py --runs runs/EARLIER_RUN runs/ANOTHER --epochs 0 40    # analyses checkpoints instead
+    python analyze_repr.py --sample                                          # bundled inputs, two CPU cores
+    python analyze_repr.py --backbones random gpt2 igpt --env Hopper-v4      # fine-tunes each for 40 epochs
+    python analyze_repr.py --runs runs/ONE runs/ANOTHER --epochs 0 40        # checkpoints of the other scripts
+    python analyze_repr.py --runs runs/ONE --mine-paper-settings             # MINE as the paper ran it
 
 Paper: S. Takagi, "On the Effect of Pre-training for Transformer in Different Modality on Offline Reinforcement
-Learning", NeurIPS 2022, https://arxiv.org/abs/2211.09817 (sections 5.1 and 5.2, Apps. D, E and H.2, Fig. 2). The sections
-from Defaults to Run are those of dt_pretrained.py, Study is that of analyze_grads.py; what is particular to this question is
-Activations, CKA, Mutual information, Analysis, Figures and Experiment.
+Learning", NeurIPS 2022, https://arxiv.org/abs/2211.09817 (sections 5.1 and 5.2, App. D, E and H.2).
 """
 
-import contextlib
-import errno
 import itertools
 import json
 import math
 import os
-import signal
 import sys
 import time
 import warnings
-from collections import defaultdict, namedtuple
+from collections import OrderedDict, defaultdict
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
+import gymnasium as gym
+import h5py
+import minari
+import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from matplotlib.figure import Figure
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
@@ -43,7 +49,7 @@ RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZ
 @dataclass
 class Args:
     backbones: tuple[str, ...] = ("random", "gpt2", "igpt")
-    """starting points to fine-tune and analyse: gpt2, igpt, igpt-as-gpt2, random, random-gpt2, hub ids or local folders"""
+    """starting points to fine-tune: gpt2, igpt, igpt-as-gpt2, random, random-gpt2, hub ids or local folders"""
     runs: tuple[str, ...] = ()
     """run folders of dt_pretrained.py or dt_no_context.py whose checkpoints are analysed instead of training"""
     epochs: tuple[int, ...] = ()
@@ -51,7 +57,7 @@ class Args:
     cka_windows: int = 100
     """windows on which activations are compared; 0 leaves CKA out"""
     cka_threshold: float = 0.23
-    """layers whose CKA before and after fine-tuning is above this are listed"""
+    """layers whose CKA before and after fine-tuning is above this are counted"""
     mine_windows: int = 5000
     """windows to train the estimators of mutual information on, and as many held-out ones; 0 leaves MINE out"""
     mine_batch_size: int = 500
@@ -62,17 +68,17 @@ class Args:
     """seeds with which every estimate is repeated"""
     mine_steps: int | None = None
     """time steps of the window at which information is estimated, evenly spaced; if not given, all K"""
-    mine_group: int = 400
+    mine_group: int = 100
     """estimators trained side by side; changes memory, not results"""
     mine_paper_settings: bool = False
-    """100 windows, batches of 50, 1,000 passes, raw inputs, read off the training windows: memorization counts as well"""
+    """100 windows, batches of 50, 1,000 passes, raw inputs, read off the training windows: memorization counts too"""
 
     env: str = "Hopper-v4"
-    """gymnasium environment: Hopper, HalfCheetah or Walker2d, -v4 or -v5; another one needs --dataset and --target-return"""
+    """gymnasium environment: Hopper, HalfCheetah or Walker2d, -v4 or -v5; others need --dataset and --target-return"""
     dataset: str | None = None
-    """Minari id, folder of a Minari data set, or D4RL .hdf5 file; if not given, mujoco/{hopper,halfcheetah,walker2d}/medium-v0"""
+    """Minari id, or D4RL .hdf5 file; if not given, mujoco/{hopper,halfcheetah,walker2d}/medium-v0"""
     sample: bool = False
-    """run on the small bundled data and backbones, every size that is not set chosen for four minutes on two CPU cores"""
+    """run on the small bundled data and backbones, every size that is not set chosen for two CPU cores"""
 
     context_length: int = 20
     """K, the number of time steps that the model sees"""
@@ -85,31 +91,17 @@ class Args:
     warmup_steps: int = 5000
     """training steps over which the learning rate rises linearly"""
     dropout: float = 0.2
-    """dropout on the residual branches"""
-    attention_dropout: float = 0.1
-    """dropout on the attention weights"""
-    embedding_dropout: float = 0.1
-    """dropout on the backbone's input"""
+    """dropout on the residual branches; on attention weights and on the backbone's input it is at most 0.1"""
     max_grad_norm: float = 0.25
     """gradients longer than this are shortened to it; 0 switches clipping off (App. G.3)"""
     num_epochs: int = 40
     """epochs, each followed by an evaluation"""
     steps_per_epoch: int = 2500
     """training steps per epoch"""
-
     num_eval_episodes: int = 100
     """episodes per evaluation"""
     target_return: float | None = None
     """return the model is asked for; if not given, Hopper 3600, HalfCheetah 6000, Walker2d 5000"""
-
-    n_layer: int | None = None
-    """blocks of a random backbone; if not given, 12"""
-    n_head: int | None = None
-    """attention heads of a random backbone; if not given, random 1, random-gpt2 12"""
-    n_embd: int | None = None
-    """width of a random backbone; if not given, 768"""
-    activation: Literal["relu", "gelu", "gelu_new", "quick_gelu"] | None = None
-    """activation of a random backbone; if not given, random relu, random-gpt2 gelu_new"""
 
     seed: int = 666
     """fixes initial weights, windows, dropout and evaluation episodes"""
@@ -120,133 +112,224 @@ class Args:
     save_epochs: tuple[int, ...] = (0,)
     """epochs after which a checkpoint is kept, 0 being before training; the last is always kept"""
     run_name: str | None = None
-    """folder under runs/; if not given, {env}__{script}__{seed}__{time}"""
+    """folder under runs/; if not given, {env}__{script}__study__{seed}__{time}"""
     resume: str | None = None
-    """folder of the run to go on with, the others follow; arguments hold, but for --num-epochs, --save-epochs and --device"""
-
-    backbone: tyro.conf.Suppress[str] = "random"
-    """which of the backbones is being trained; set by the script"""
-    study: tyro.conf.Suppress[str] = ""
-    """all arguments as they were given, in a run that is one of several; set by the script"""
+    """folder to go on with, what is trained stays; its arguments hold, only --num-epochs may be given anew"""
 
 
 # What --sample changes where the user did not say otherwise.
-SAMPLE = Args(
-    sample=True, batch_size=32, learning_rate=2e-3, warmup_steps=400, num_epochs=2, steps_per_epoch=200, num_eval_episodes=8,
-    cka_threshold=0.8, mine_windows=1500, mine_batch_size=150, mine_repeats=1, mine_steps=2,
-)  # fmt: skip
+SAMPLE = dict(batch_size=32, learning_rate=2e-3, warmup_steps=400, num_epochs=2, steps_per_epoch=200)
+SAMPLE |= dict(
+    num_eval_episodes=8, cka_threshold=0.8, mine_windows=1500, mine_batch_size=150, mine_repeats=1, mine_steps=2
+)
 
 
 # ======================================================================================================================
-# Defaults: what depends on the environment, the device and the other arguments
+# Helpers: what is not given, what goes wrong, what is written
 # ======================================================================================================================
-# What the study fixes per environment; D4RL's returns of a random policy and of an expert give the normalized score.
-Task = namedtuple("Task", "dataset target_return random_return expert_return")
+# Per environment: data set, the return that is asked for, and D4RL's returns of a random policy and of an expert.
 TASKS = {
-    "Hopper": Task("mujoco/hopper/medium-v0", 3600, -20.272305, 3234.3),
-    "HalfCheetah": Task("mujoco/halfcheetah/medium-v0", 6000, -280.178953, 12135.0),
-    "Walker2d": Task("mujoco/walker2d/medium-v0", 5000, 1.629008, 4592.3),
+    "Hopper": ("mujoco/hopper/medium-v0", 3600, -20.272305, 3234.3),
+    "HalfCheetah": ("mujoco/halfcheetah/medium-v0", 6000, -280.178953, 12135.0),
+    "Walker2d": ("mujoco/walker2d/medium-v0", 5000, 1.629008, 4592.3),
 }
-RETURN_SCALE = 1000  # returns-to-go are divided by this before they enter the model
+COLORS = defaultdict(lambda: "#CC79A7", {"random": "#555555", "random-gpt2": "#009E73"})  # Okabe and Ito's palette
+COLORS |= {"gpt2": "#0072B2", "igpt": "#D55E00", "igpt-as-gpt2": "#E69F00"}
 
 
-def stop(message):
-    """End the program with one sentence on stderr and exit status 2: the user can put this right."""
-    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, also beside a progress bar
-    raise SystemExit(2)
+def stop(message, status=2):
+    """End the program with one sentence on stderr: this, the user can put right."""
+    tqdm.write(message, file=sys.stderr)  # on a line of its own, also beside a progress bar
+    raise SystemExit(status)
 
 
-def resolve(args):
-    """Fill in what depends on other arguments and refuse what cannot work."""
-    env_name = args.env.rsplit("-v", 1)[0]
-    task, bundled = TASKS.get(env_name), ASSETS / f"{env_name.lower()}-medium"
-    if task is None and None in (args.dataset, args.target_return):
-        stop(f"{args.env} is not one of the study's environments ({', '.join(TASKS)}): give --dataset and --target-return.")
-    least = dict(context_length=1, batch_size=1, num_epochs=1, steps_per_epoch=1, num_eval_episodes=1)
-    least |= dict(learning_rate=0, weight_decay=0, warmup_steps=0, max_grad_norm=0)
-    least |= dict(dropout=0, attention_dropout=0, embedding_dropout=0)
-    for name, bound in least.items():
-        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
-        if not bound <= value < (1 if "dropout" in name else math.inf):
-            stop(f"{flag} must be at least {bound}{' and below 1' if 'dropout' in name else ''}, but is {value}.")
-    if args.batch_size % WORLD_SIZE or args.num_eval_episodes < WORLD_SIZE:
-        stop(f"--batch-size must be a multiple of the {WORLD_SIZE} processes, and --num-eval-episodes not below it.")
-
-    args.dataset = args.dataset or (str(bundled) if args.sample else task.dataset)
-    args.dataset = str(Path(args.dataset).resolve()) if Path(args.dataset).exists() else args.dataset
-    args.target_return = task.target_return if args.target_return is None else args.target_return
-    if args.device == "cuda" or args.device == "auto" and torch.cuda.is_available():
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    args.device = "cpu" if args.device == "auto" else args.device
+@contextmanager
+def or_stop(message):
+    """Whatever the libraries raise in this context ends the program with `message` and the first line of the reason."""
     try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        stop(f"--device {args.device} cannot be used here ({first_line(error)}); try --device cpu.")
-    if args.precision == "auto":
-        on_cpu = torch.cpu.get_capabilities()  # without these instructions bf16 is slower than float32
-        has_bf16 = on_cpu.get("avx512_bf16") or on_cpu.get("amx_bf16") if args.device == "cpu" else args.device != "mps"
-        args.precision = "bf16" if has_bf16 else "fp32"
-
-    architecture = ("n_layer", "n_head", "n_embd", "activation")
-    if args.backbone in ("random", "random-gpt2"):
-        n_layer, n_head, n_embd = (4, 4, 128) if args.sample else (12, 12, 768)
-        defaults = (n_layer, 1, n_embd, "relu") if args.backbone == "random" else (n_layer, n_head, n_embd, "gelu_new")
-        for name, default in zip(architecture, defaults):
-            setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
-        if min(args.n_layer, args.n_head, args.n_embd) < 1 or args.n_embd % args.n_head:
-            stop(f"--n-embd {args.n_embd} must be a positive multiple of --n-head {args.n_head}, and --n-layer positive.")
-    elif any(getattr(args, name) is not None for name in architecture) and not getattr(args, "replace_blocks", None):
-        stop("--n-layer, --n-head, --n-embd and --activation are for the random backbones; a checkpoint brings its own.")
-    elif Path(args.backbone).is_dir():
-        args.backbone = str(Path(args.backbone).resolve())
-    if args.run_name is None:
-        parts = (args.env, SCRIPT, backbone_name(args.backbone), args.seed, int(time.time()))
-        args.run_name = "__".join(map(str, parts)).replace("/", "--")
-    return args
+        yield
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        stop(f"{message} ({type(error).__name__}: {reason}).")
 
 
-def backbone_name(backbone):
-    return Path(backbone).name if os.path.isabs(backbone) else backbone
+def parse_arguments():
+    """Return the arguments and the run folder; what is not given is the sample's, or that of the run to resume."""
+    args = tyro.cli(Args, description=__doc__)
+    if args.resume:
+        with or_stop(f"{args.resume} cannot be resumed, it has no args.json of {SCRIPT}.py"):
+            before = json.loads(Path(args.resume, "args.json").read_text())
+            before = Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in before.items()})
+        args = tyro.cli(Args, default=before)
+        if replace(args, num_epochs=before.num_epochs, resume=None) != before:
+            stop("A run is resumed with the arguments that it was started with, only --num-epochs may be given anew.")
+    elif args.sample:
+        args = tyro.cli(Args, default=Args(sample=True, **SAMPLE))
+
+    for name in ("context_length", "batch_size", "num_epochs", "steps_per_epoch", "num_eval_episodes"):
+        if getattr(args, name) < 1:
+            stop(f"--{name.replace('_', '-')} must be at least 1, but is {getattr(args, name)}.")
+    env_name = args.env.rsplit("-v", 1)[0]
+    if env_name not in TASKS and None in (args.dataset, args.target_return):
+        stop(f"{args.env} is not one of {', '.join(TASKS)}: give --dataset and --target-return.")
+    args.dataset = args.dataset or (f"sample/{env_name.lower()}/medium-v0" if args.sample else TASKS[env_name][0])
+    if args.target_return is None:
+        args.target_return = TASKS[env_name][1]
+    backbone = Path(getattr(args, "backbone", "study")).name
+    args.run_name = args.run_name or f"{args.env}__{SCRIPT}__{backbone}__{args.seed}__{int(time.time())}"
+    folder = Path(args.resume or f"runs/{args.run_name}")
+    if not args.resume and list(folder.rglob("latest.pt")):
+        stop(f"{folder} holds a run already; choose another --run-name, or go on with it by --resume {folder}.")
+    args.resume = None
+    if RANK == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_json(folder / "args.json", asdict(args))
+    return args, folder
 
 
-def first_line(error):
-    """Class and first line of an exception's text, without a closing full stop."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].rstrip('.') if lines else 'no details'}"
+def save(path, write):
+    """Let `write` fill a temporary file and move it to `path`, which so appears whole or not at all."""
+    temporary = path.with_name("." + path.name)
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def save_json(path, content):
+    text = json.dumps(content, indent=1, default=lambda array: array.tolist())
+    save(path, lambda temporary: temporary.write_text(text + "\n"))
+
+
+def read_run(folder):
+    """Return the arguments of the run in `folder`, its records per epoch and its history."""
+    with or_stop(f"{folder} is no folder of a run"):
+        summary = json.loads(Path(folder, "summary.json").read_text())
+        return SimpleNamespace(**summary["args"]), summary["epochs"], summary["history"]
+
+
+def save_figure(figure, path, step):
+    """Write a matplotlib figure as a PNG, and as a TensorBoard image into the same folder."""
+    save(path, partial(figure.savefig, dpi=120))
+    with SummaryWriter(path.parent) as writer:
+        writer.add_figure(path.stem, figure, step)
+
+
+def print_table(rows, formats):
+    """Print rows [list of dicts] as a table; `formats` are its columns and how they are printed, nan as -."""
+    lines = [list(formats)]
+    for row in rows:
+        lines.append([format(row[name], form) if row[name] == row[name] else "-" for name, form in formats.items()])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
+
+
+# ======================================================================================================================
+# Environment and data
+# ======================================================================================================================
+RETURN_SCALE = 1000  # returns-to-go are divided by this before they enter the model
+warnings.filterwarnings("ignore", message=".*is out of date.*")  # -v4 is what the paper used
+# HalfCheetah's model file sets off a deprecation warning for every copy; anything else should be seen.
+mujoco.set_mju_user_warning(lambda text: "deprecated" in text or print(f"mujoco: {text}", file=sys.stderr))
+
+
+def make_env(args, num_copies, **options):
+    """Return a gymnasium vector environment with `num_copies` of `args.env`."""
+    with or_stop(f"the environment {args.env} cannot be used"):
+        env = gym.make_vec(args.env, num_copies, vectorization_mode="sync", **options)
+        space = env.single_action_space
+        assert (np.abs([space.low, space.high]) == 1).all(), f"its actions are {space}, the model's are from -1 to 1"
+    return env
+
+
+def read_d4rl(path):
+    """Return the episodes of a D4RL file: a list of (observations [T, state_dim], actions [T, act_dim], rewards [T]).
+
+    An episode ends where `terminals` or `timeouts` is set. The steps after the last end belong to an episode that was
+    never finished and are left out, as in can-wikipedia-help-offline-rl, data/download_d4rl_datasets.py.
+    """
+    with h5py.File(path) as file:
+        columns = [file[name][()] for name in ("observations", "actions", "rewards", "terminals", "timeouts")]
+    assert len({len(column) for column in columns}) == 1, "its columns differ in length"
+    ends = np.flatnonzero(columns[3].astype(bool) | columns[4].astype(bool)) + 1
+    return list(zip(*(np.split(column, ends)[:-1] for column in columns[:3])))
+
+
+def read_minari(dataset):
+    """Return what `read_d4rl` does from a Minari data set, which is downloaded if it is not there."""
+    bundled = ASSETS / "minari" / dataset / "data"
+    data = minari.MinariDataset(bundled) if bundled.exists() else minari.load_dataset(dataset, download=True)
+    return [(e.observations[: len(e.actions)], e.actions, e.rewards) for e in data.iterate_episodes()]
+
+
+class OfflineData:
+    """The N transitions of `args.dataset`, one episode after the other. A batch of windows is an index lookup."""
+
+    def __init__(self, args, env, device):
+        takes = "a D4RL .hdf5 file, or a Minari id that is under MINARI_DATASETS_PATH or on the server; or try --sample"
+        with or_stop(f"--dataset {args.dataset} cannot be used, it takes {takes}"):
+            episodes = (read_d4rl if args.dataset.endswith(".hdf5") else read_minari)(args.dataset)
+            lengths = np.array([len(rewards) for _, _, rewards in episodes])
+            assert lengths.min(initial=1) > 0 and len(lengths), "it has no episode, or one without a step"
+            for observations, actions, rewards in episodes:
+                assert len(observations) == len(actions) == len(rewards), "its columns differ in length"
+            columns = [np.concatenate(column, dtype=np.float32, casting="same_kind") for column in zip(*episodes)]
+            assert all(np.isfinite(column).all() for column in columns), "it has non-finite numbers"
+            states, actions, rewards = columns
+            for x, space in ((states, env.single_observation_space), (actions, env.single_action_space)):
+                assert x.shape[1:] == space.shape, f"it has dimensions {x.shape[1:]}, {args.env} has {space.shape}"
+
+        ends = np.cumsum(lengths)
+        returns_to_go = [r[::-1].cumsum(dtype=np.float64)[::-1] for r in np.split(rewards, ends[:-1])]  # undiscounted
+        timesteps = [np.arange(length) for length in lengths]
+        mean, std = states.mean(0, dtype=np.float64), states.std(0, dtype=np.float64) + 1e-6
+        tensor = partial(torch.as_tensor, device=device, dtype=torch.float32)
+        self.state_mean, self.state_std = tensor(mean), tensor(std)  # [state_dim]
+        self.states = tensor((states - mean) / std)  # [N, state_dim]
+        self.actions = tensor(actions)  # [N, act_dim]
+        self.returns_to_go = tensor(np.concatenate(returns_to_go)[:, None] / RETURN_SCALE)  # [N, 1]
+        self.timesteps = torch.as_tensor(np.concatenate(timesteps), device=device)  # [N], since the episode's start
+        self.episode_ends = torch.as_tensor(np.repeat(ends, lengths), device=device)  # [N], after its last transition
+
+    def windows(self, starts, context_length):
+        """Cut one window of K steps from each start [batch]; steps past the end of the episode are zeros.
+
+        Returns returns_to_go [batch, K, 1], states, actions, timesteps [batch, K] and the mask of valid steps, as long.
+        """
+        index = starts.unsqueeze(1) + torch.arange(context_length, device=starts.device)
+        valid = index < self.episode_ends[starts].unsqueeze(1)
+        index = torch.where(valid, index, 0)
+        parts = [x[index] * valid.unsqueeze(-1) for x in (self.returns_to_go, self.states, self.actions)]
+        return *parts, self.timesteps[index] * valid, valid
 
 
 # ======================================================================================================================
 # Model: a GPT that can be a GPT-2 and an ImageGPT, and the Decision Transformer around it
 # ======================================================================================================================
-@dataclass(frozen=True)
-class GPTConfig:
-    """Architecture of a backbone. `layer_norm` is "gpt2" or "imagegpt"."""
-
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    n_inner: int = 3072
-    activation: str = "gelu_new"
-    layer_norm: str = "gpt2"
-    layer_norm_epsilon: float = 1e-5
-    scale_attn_weights: bool = True
-    scale_attn_by_inverse_layer_idx: bool = False
-    resid_dropout: float = 0.2
-    attn_dropout: float = 0.1
-    embd_dropout: float = 0.1
-
-
 class QuickGELU(nn.Module):
     def forward(self, x):
         return x * torch.sigmoid(1.702 * x)
 
 
+GELU_TANH = partial(nn.GELU, approximate="tanh")
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "gelu_new": GELU_TANH, "quick_gelu": QuickGELU}
 LAYER_NORMS = {"gpt2": nn.LayerNorm, "imagegpt": nn.RMSNorm}  # ImageGPT subtracts no mean and has no bias
-ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "gelu_new": lambda: nn.GELU(approximate="tanh"), "quick_gelu": QuickGELU}
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """Architecture of one block; a GPT is a list of these."""
+
+    n_embd: int
+    n_head: int
+    n_inner: int
+    activation: str
+    layer_norm: str = "gpt2"
+    epsilon: float = 1e-5  # of the LayerNorms
+    dropout: float = 0.0
 
 
 class Conv1D(nn.Module):
-    """A linear layer with its weight stored [in, out], as in the checkpoints. Starts at N(0, 0.02), bias 0."""
+    """A linear layer with its weight stored [in, out], as in the checkpoints."""
 
     def __init__(self, n_in, n_out):
         super().__init__()
@@ -254,71 +337,41 @@ class Conv1D(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n_out))
 
     def forward(self, x):
-        return torch.addmm(self.bias, x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
+        return x @ self.weight + self.bias
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention; [batch, tokens, width] to the same."""
+    """Causal multi-head self-attention, [batch, tokens, width] to the same."""
 
-    def __init__(self, config, block_index):
+    def __init__(self, config):
         super().__init__()
-        self.n_head = config.n_head
-        self.scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
-        if config.scale_attn_by_inverse_layer_idx:
-            self.scale /= block_index + 1
-        self.attn_dropout = config.attn_dropout
+        self.n_head, self.attention_dropout = config.n_head, min(0.1, config.dropout)
         self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
-        self.resid_dropout = nn.Dropout(config.resid_dropout)
+        self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        # each [batch, heads, tokens, width / heads]
-        query, key, value = (y.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for y in self.c_attn(x).chunk(3, dim=-1))
-        dropout = self.attn_dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=self.scale)
+        query, key, value = self.c_attn(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
+        dropout = self.attention_dropout * self.training
+        y = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
 
 
-class MLP(nn.Module):
+class Block(nn.Module):
+    """Attention and MLP, each after a LayerNorm and beside a residual connection; named as in the checkpoints."""
+
     def __init__(self, config):
         super().__init__()
-        self.c_fc = Conv1D(config.n_embd, config.n_inner)
-        self.act = ACTIVATIONS[config.activation]()
-        self.c_proj = Conv1D(config.n_inner, config.n_embd)
-        self.dropout = nn.Dropout(config.resid_dropout)
-
-    def forward(self, x):
-        return self.dropout(self.c_proj(self.act(self.c_fc(x))))
-
-
-class Block(nn.Module):
-    def __init__(self, config, block_index):
-        super().__init__()
-        layer_norm = LAYER_NORMS[config.layer_norm]
-        self.ln_1 = layer_norm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.attn = Attention(config, block_index)
-        self.ln_2 = layer_norm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.mlp = MLP(config)
+        self.ln_1 = LAYER_NORMS[config.layer_norm](config.n_embd, eps=config.epsilon)
+        self.attn = Attention(config)
+        self.ln_2 = LAYER_NORMS[config.layer_norm](config.n_embd, eps=config.epsilon)
+        c_fc, c_proj = Conv1D(config.n_embd, config.n_inner), Conv1D(config.n_inner, config.n_embd)
+        act, dropout = ACTIVATIONS[config.activation](), nn.Dropout(config.dropout)
+        self.mlp = nn.Sequential(OrderedDict(c_fc=c_fc, act=act, c_proj=c_proj, dropout=dropout))
 
     def forward(self, x):
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
-
-
-class GPT(nn.Module):
-    """Blocks and final normalization, named as in the checkpoints. No word and no position embedding."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.drop = nn.Dropout(config.embd_dropout)
-        self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
-        self.ln_f = LAYER_NORMS[config.layer_norm](config.n_embd, eps=config.layer_norm_epsilon)
-
-    def forward(self, x):  # [batch, tokens, width]
-        x = self.drop(x)
-        for block in self.h:
-            x = block(x)
-        return self.ln_f(x)
 
 
 class DecisionTransformer(nn.Module):
@@ -326,39 +379,46 @@ class DecisionTransformer(nn.Module):
 
     As in the study, the time embedding is added after the LayerNorm of the token embeddings and the action head is the
     transposed action embedding (can-wikipedia-help-offline-rl, decision_transformer/models/decision_transformer.py).
-    Attention is causal and there is no position embedding, so windows are padded on the right and need no mask.
+    Attention is causal and knows no position, so that windows are padded on the right and need no mask.
     """
 
-    def __init__(self, config, state_dim, act_dim, max_timestep):
+    def __init__(self, blocks, final_norm, state_dim, act_dim, max_timestep):
         super().__init__()
-        self.embed_timestep = nn.Embedding(max_timestep, config.n_embd)
-        self.embed_return = nn.Linear(1, config.n_embd)
-        self.embed_state = nn.Linear(state_dim, config.n_embd)
-        self.embed_action = nn.Linear(act_dim, config.n_embd)
-        self.embed_ln = nn.LayerNorm(config.n_embd)
-        self.transformer = GPT(config)
+        shape = dict(final_norm=final_norm, state_dim=state_dim, act_dim=act_dim, max_timestep=max_timestep)
+        self.architecture = dict(blocks=[asdict(config) for config in blocks], **shape)  # goes into checkpoints
+        width = blocks[0].n_embd
+        self.embed_timestep = nn.Embedding(max_timestep, width)
+        self.embed_return = nn.Linear(1, width)
+        self.embed_state = nn.Linear(state_dim, width)
+        self.embed_action = nn.Linear(act_dim, width)
+        self.embed_ln = nn.LayerNorm(width)
+        h, ln_f = nn.ModuleList(Block(block) for block in blocks), LAYER_NORMS[final_norm](width, eps=blocks[0].epsilon)
+        self.transformer = nn.ModuleDict(dict(drop=nn.Dropout(min(0.1, blocks[0].dropout)), h=h, ln_f=ln_f))
 
     def embed(self, returns_to_go, states, actions, timesteps):
-        """Return the tokens R_1 s_1 a_1 R_2 s_2 a_2 ... of the backbone, [batch, 3K, width]."""
+        """Return the tokens R_1 s_1 a_1 R_2 s_2 a_2 ... that enter the first block, [batch, 3K, width]."""
         tokens = (self.embed_return(returns_to_go), self.embed_state(states), self.embed_action(actions))
         tokens = self.embed_ln(torch.stack(tokens, dim=2))  # [batch, K, 3, width]
-        return (tokens + self.embed_timestep(timesteps).unsqueeze(2)).flatten(1, 2)
+        tokens = tokens + self.embed_timestep(timesteps).unsqueeze(2)
+        return self.transformer.drop(tokens.flatten(1, 2))
 
     def forward(self, returns_to_go, states, actions, timesteps):
-        """[batch, K, 1], [batch, K, state_dim], [batch, K, act_dim], [batch, K] to actions in (-1, 1): [batch, K, act_dim]."""
-        hidden = self.transformer(self.embed(returns_to_go, states, actions, timesteps)).unflatten(1, (-1, 3))
-        return torch.tanh(F.linear(hidden[:, :, 1], self.embed_action.weight.T))
+        """[batch, K, 1], [batch, K, state_dim], [batch, K, act_dim], [batch, K] to actions [batch, K, act_dim]."""
+        x = self.embed(returns_to_go, states, actions, timesteps)
+        for block in self.transformer.h:
+            x = block(x)
+        at_states = self.transformer.ln_f(x)[:, 1::3]  # [batch, K, width]
+        return torch.tanh(F.linear(at_states, self.embed_action.weight.T))
 
 
-def rebuild_model(checkpoint, device):
-    """Return the model of a checkpoint that any of the scripts has written, in evaluation mode."""
-    architecture = dict(checkpoint["architecture"])
-    config, blocks = GPTConfig(**architecture.pop("config")), architecture.pop("blocks", {})
-    model = DecisionTransformer(config, **architecture)
-    for index, block_config in blocks.items():  # those that replace the random model's (section 5.6.1)
-        model.transformer.h[index] = Block(GPTConfig(**block_config), index)
-    model.load_state_dict(checkpoint["model"])
-    return model.to(device).eval()
+def load_model(path, device):
+    """Return the model of a checkpoint that any of the scripts has written, in evaluation mode, and the checkpoint."""
+    with or_stop(f"{path} is no checkpoint of these scripts, or is damaged"):
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        blocks = [BlockConfig(**config) for config in checkpoint["architecture"].pop("blocks")]
+        model = DecisionTransformer(blocks, **checkpoint["architecture"]).to(device)
+        model.load_state_dict(checkpoint["model"])
+    return model.eval(), checkpoint
 
 
 # ======================================================================================================================
@@ -369,302 +429,102 @@ SAMPLE_FOLDERS = {"gpt2": "text-gpt2", "igpt": "image-gpt", "igpt-as-gpt2": "ima
 
 
 def load_backbone(args):
-    """Return the backbone's GPTConfig, its weights by name (None for random ones) and where they came from."""
-    dropouts = dict(resid_dropout=args.dropout, attn_dropout=args.attention_dropout, embd_dropout=args.embedding_dropout)
+    """Return block configurations, kind of the final LayerNorm, weights by name (none if random) and their source."""
     if args.backbone in ("random", "random-gpt2"):
-        config = GPTConfig(args.n_layer, args.n_head, args.n_embd, 4 * args.n_embd, args.activation, **dropouts)
-        return config, None, f"fresh weights, seed {args.seed}"
+        n_layer, n_embd, n_head = (4, 128, 4) if args.sample else (12, 768, 12)
+        n_head, activation = (1, "relu") if args.backbone == "random" else (n_head, "gelu_new")
+        block = BlockConfig(n_embd, n_head, 4 * n_embd, activation, dropout=args.dropout)
+        return [block] * n_layer, "gpt2", {}, f"seed {args.seed}"
 
     source = HUB_IDS.get(args.backbone, args.backbone)
     if args.sample and args.backbone in SAMPLE_FOLDERS:
         source = str(ASSETS / SAMPLE_FOLDERS[args.backbone])
-    checkpoint, report = read_pretrained(source)
-    missing = [*report["missing_keys"], *report["mismatched_keys"]]
-    left_over = [key for key in report["unexpected_keys"] if key != "lm_head.weight"]
-    if missing or left_over:
-        stop(f"{source} is not a complete GPT-2 or ImageGPT: missing or misshapen {missing[:3]}, left over {left_over[:3]}.")
-    theirs = checkpoint.config
-    if theirs.activation_function not in ACTIVATIONS:
-        stop(f"{source} uses the activation {theirs.activation_function}; known here are {', '.join(ACTIVATIONS)}.")
-    same = ("n_layer", "n_head", "n_embd", "layer_norm_epsilon", "scale_attn_weights", "scale_attn_by_inverse_layer_idx")
-    config = GPTConfig(
-        **{name: getattr(theirs, name) for name in same},
-        n_inner=theirs.n_inner or 4 * theirs.n_embd,
-        activation=theirs.activation_function,
-        layer_norm=theirs.model_type,
-        **dropouts,
-    )
-    # A Decision Transformer brings its own embeddings.
-    weights = {name: value for name, value in checkpoint.state_dict().items() if not name.startswith(("wte.", "wpe."))}
-    if args.backbone == "igpt-as-gpt2":
-        config = replace(config, layer_norm="gpt2")  # which subtracts the mean and has a bias that ImageGPT does not know
-        norms = [name for name in weights if name.split(".")[-2].startswith("ln_")]
-        weights |= {name.replace("weight", "bias"): torch.zeros_like(weights[name]) for name in norms}
-    return config, weights, source
+    config, weights = read_pretrained(source)
+    # As the released code, igpt-as-gpt2 has GPT-2's LayerNorm, whose bias ImageGPT does not know; it starts at zero.
+    layer_norm = "gpt2" if args.backbone == "igpt-as-gpt2" else config.model_type
+    n_inner = config.n_inner or 4 * config.n_embd
+    norm = dict(layer_norm=layer_norm, epsilon=config.layer_norm_epsilon)
+    block = BlockConfig(config.n_embd, config.n_head, n_inner, config.activation_function, **norm, dropout=args.dropout)
+    return [block] * config.n_layer, layer_norm, weights, source
 
 
 def read_pretrained(source):
-    """Load a transformers GPT2Model or ImageGPTModel in float32 from a folder, the hub's cache or the hub.
-
-    Returns the model and transformers' report of missing, unexpected and mismatched keys.
-    """
+    """Return configuration and weights [dict] of a GPT-2 or ImageGPT in a folder, in the hub's cache or on the hub."""
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # no background request to convert .bin files
-    from huggingface_hub import HfApi, constants
-    from transformers import AutoConfig, GPT2Model, ImageGPTModel
-    from transformers.utils import logging
+    from transformers import AutoConfig, GPT2Model, ImageGPTModel, logging  # here, because it takes seconds
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-    def read(**options):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
-        if config.model_type not in ("gpt2", "imagegpt"):
-            stop(f"{source} is a {config.model_type} model; --backbone takes GPT-2 and ImageGPT checkpoints.")
-        model_class = GPT2Model if config.model_type == "gpt2" else ImageGPTModel
-        options |= dict(config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
-        return model_class.from_pretrained(source, **options)
-
-    try:
-        return read(local_files_only=True)
-    except Exception as error:
-        if Path(source).is_dir():
-            stop(f"the folder {source} holds no readable GPT-2 or ImageGPT checkpoint: {first_line(error)}.")
-    try:
-        HfApi().model_info(source, timeout=10)  # one request: loading would retry for half a minute before it fails
-        return read()
-    except Exception as error:
-        stop(
-            f"the backbone {source} is neither a local folder nor in the hub's cache ({constants.HF_HUB_CACHE}), and the hub "
-            f"does not have it or cannot be reached ({first_line(error)}); known names are {', '.join(HUB_IDS)}, random and "
-            "random-gpt2; go online, give a local folder, or try --sample."
-        )
-
-
-# ======================================================================================================================
-# Starting point: the model before training
-# ======================================================================================================================
-def make_model(args, shape):
-    """Return the model that training starts from, its architecture [dict], where its weights came from, and AdamW's eps."""
-    config, weights, source = load_backbone(args)
-    model = DecisionTransformer(config, **shape)
-    if weights is not None:
-        model.transformer.load_state_dict(weights)  # strict: every name and shape must be there
-    return model, dict(config=asdict(config), **shape), source, 1e-8 if weights is None else 1e-6
-
-
-# ======================================================================================================================
-# Data: the whole data set as flat tensors on the device
-# ======================================================================================================================
-@dataclass
-class OfflineData:
-    """N transitions, one episode after the other. A batch of windows is an index lookup."""
-
-    states: torch.Tensor  # [N, state_dim], normalized
-    actions: torch.Tensor  # [N, act_dim], in [-1, 1]
-    returns_to_go: torch.Tensor  # [N, 1], undiscounted, divided by RETURN_SCALE
-    timesteps: torch.Tensor  # [N], steps since the episode's start
-    episode_ends: torch.Tensor  # [N], index one past the last transition of the same episode
-    state_mean: torch.Tensor  # [state_dim]
-    state_std: torch.Tensor  # [state_dim], with 1e-6 added
-    num_episodes: int
-    dataset_id: str
-
-    def windows(self, starts, context_length):
-        """Cut one window of K steps from each start [batch].
-
-        Returns returns_to_go [batch, K, 1], states, actions, timesteps [batch, K] and the mask of valid steps
-        [batch, K]; steps past the end of the episode are zeros.
-        """
-        index = starts.unsqueeze(1) + torch.arange(context_length, device=starts.device)
-        valid = index < self.episode_ends[starts].unsqueeze(1)
-        index = torch.where(valid, index, 0)
-        mask = valid.unsqueeze(-1)
-        parts = [x[index] * mask for x in (self.returns_to_go, self.states, self.actions)]
-        return *parts, self.timesteps[index] * valid, valid
-
-
-def load_data(args, env):
-    """Load `args.dataset` to `args.device` as OfflineData that fits `env`, a gymnasium vector environment."""
-    path = Path(args.dataset)
-    if path.suffix in (".hdf5", ".h5"):
-        episodes, dataset_id, recorded_in = read_d4rl(path), path.name, None
-    else:
-        episodes, dataset_id, recorded_in = read_minari(args.dataset)
-    lengths = np.array([[len(column) for column in episode] for episode in episodes]).reshape(-1, 3)
-    if (lengths != lengths[:, :1]).any():
-        stop(f"the data set {args.dataset} has an episode whose observations, actions and rewards differ in number.")
-    if lengths.size == 0 or lengths.min() == 0:
-        stop(f"the data set {args.dataset} has {'episodes without a step' if episodes else 'no episode'}.")
-    lengths = lengths[:, 0]
-    states, actions, rewards = (np.concatenate(part, dtype=np.float32) for part in zip(*episodes))
-    for name, values in (("observations", states), ("actions", actions), ("rewards", rewards)):
-        if not np.isfinite(values).all():
-            stop(f"the data set {args.dataset} has non-finite {name}.")
-    theirs = (states.shape[1:], actions.shape[1:])
-    ours = (env.single_observation_space.shape, env.single_action_space.shape)
-    if theirs != ours:
-        stop(
-            f"the data set {args.dataset} has observations {theirs[0]} and actions {theirs[1]}, "
-            f"but {args.env} has {ours[0]} and {ours[1]}; choose a --dataset of the same environment."
-        )
-    if recorded_in not in (None, args.env) and RANK == 0:
-        print(f"warning: {dataset_id} was recorded in {recorded_in} and is used for {args.env}.", file=sys.stderr)
-
-    returns_to_go = [np.cumsum(r[::-1], dtype=np.float64)[::-1] / RETURN_SCALE for _, _, r in episodes]
-    mean, std = states.mean(0, dtype=np.float64), states.std(0, dtype=np.float64) + 1e-6
-    center, half_range = action_range(env)
-
-    def tensor(x, dtype=torch.float32):
-        return torch.as_tensor(np.ascontiguousarray(x)).to(args.device, dtype)
-
-    return OfflineData(
-        states=tensor((states - mean) / std),
-        actions=tensor((actions - center) / half_range),
-        returns_to_go=tensor(np.concatenate(returns_to_go)[:, None]),
-        timesteps=tensor(np.concatenate([np.arange(n) for n in lengths]), torch.int64),
-        episode_ends=tensor(np.repeat(np.cumsum(lengths), lengths), torch.int64),
-        state_mean=tensor(mean),
-        state_std=tensor(std),
-        num_episodes=len(episodes),
-        dataset_id=dataset_id,
+    takes = (
+        f"{', '.join(HUB_IDS)}, random, random-gpt2, or the hub id or folder of a GPT-2 or ImageGPT; or try --sample"
     )
-
-
-def read_d4rl(path):
-    """Return a list of (observations [T, ...], actions [T, ...], rewards [T]) from a D4RL file; T is an episode's length.
-
-    An episode ends where `terminals` or `timeouts` is set. The steps after the last end belong to an episode that was
-    never finished and are left out, as in the reference (can-wikipedia-help-offline-rl, data/download_d4rl_datasets.py).
-    """
-    import h5py
-
-    if not path.is_file():
-        stop(f"there is no data set file {path}.")
-    try:
-        with h5py.File(path) as file:
-            names = ("observations", "actions", "rewards", "terminals", "timeouts")
-            observations, actions, rewards, terminals, timeouts = (file[name][()] for name in names)
-    except (OSError, KeyError, RuntimeError) as error:
-        stop(f"{path} cannot be read as a D4RL file, it is damaged or no such file: {first_line(error)}")
-    ends = np.flatnonzero(terminals.astype(bool) | timeouts.astype(bool)) + 1
-    return list(zip(*(np.split(x, ends)[:-1] for x in (observations, actions, rewards))))
-
-
-def read_minari(dataset):
-    """Return the episodes as `read_d4rl` does, the data set's id and the environment that it was recorded in.
-
-    `dataset` is a folder, or an id that is looked up in the local Minari folder and downloaded if it is not there.
-    """
-    import minari
-    from huggingface_hub import HfApi
-    from minari.storage.datasets_root_dir import get_dataset_path
-
-    folder = Path(dataset) if Path(dataset).is_dir() else get_dataset_path(dataset)
-    if not folder.is_dir():
-        try:
-            if "MINARI_REMOTE" not in os.environ:  # one request: a download would retry for half a minute before it fails
-                HfApi().dataset_info(f"farama-minari/{dataset.split('/')[0]}", timeout=10)
-            minari.download_dataset(dataset)
-        except Exception as error:
-            stop(
-                f"the data set {dataset} is neither a folder nor in the local Minari folder ({get_dataset_path()}), and "
-                f"Minari's hub does not have it or cannot be reached ({first_line(error)}); go online, give a folder or a D4RL "
-                ".hdf5 file as --dataset, or try --sample."
-            )
-    data_folder = folder / "data" if (folder / "data").is_dir() else folder
-    try:
-        data = minari.MinariDataset(data_folder)
-        episodes = [(e.observations[: len(e.actions)], e.actions, e.rewards) for e in data.iterate_episodes()]
-    except Exception as error:
-        stop(f"{folder} cannot be read as a Minari data set, it is damaged or no such folder: {first_line(error)}")
-    if any(isinstance(x, (dict, tuple)) for episode in episodes[:1] for x in episode):
-        stop(f"the data set {dataset} has dictionary or tuple observations or actions; only flat Box spaces can be used.")
-    return episodes, data.spec.dataset_id, data.spec.env_spec.id if data.spec.env_spec else None
+    with or_stop(f"the backbone {source} cannot be loaded, --backbone takes {takes}"):
+        config = AutoConfig.from_pretrained(source)
+        assert config.model_type in LAYER_NORMS, f"it is a {config.model_type}"
+        assert config.activation_function in ACTIVATIONS, f"its activation {config.activation_function} is unknown"
+        assert config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx, "it scales attention otherwise"
+        model_class = GPT2Model if config.model_type == "gpt2" else ImageGPTModel
+        options = dict(config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
+        model, report = model_class.from_pretrained(source, **options)
+        wrong = {*report["missing_keys"], *report["mismatched_keys"], *report["unexpected_keys"]} - {"lm_head.weight"}
+        assert not wrong, f"missing, misshapen or unknown are {sorted(map(str, wrong))[:3]}"
+    weights = {name: value for name, value in model.state_dict().items() if not name.startswith(("wte.", "wpe."))}
+    return config, weights
 
 
 # ======================================================================================================================
-# Evaluation: all episodes at once
+# Evaluation
 # ======================================================================================================================
-def make_env(args, num_copies, render_mode=None):
-    """Return a gymnasium vector environment with `num_copies` of `args.env`."""
-    import gymnasium as gym
-
-    warnings.filterwarnings("ignore", message=".*is out of date.*")  # -v4 is what the paper used
-    with contextlib.suppress(Exception):  # what is wrong with mujoco, making the environment will say
-        import mujoco
-
-        # HalfCheetah's model file sets off a deprecation warning for every copy; anything else should be seen.
-        mujoco.set_mju_user_warning(lambda text: "deprecated" in text or print(f"mujoco: {text}", file=sys.stderr))
-    try:
-        env = gym.make_vec(args.env, num_copies, vectorization_mode="sync", render_mode=render_mode)
-    except Exception as error:
-        renderer = f"; MUJOCO_GL={os.environ['MUJOCO_GL']} may be why" if "MUJOCO_GL" in os.environ else ""
-        stop(f"the environment {args.env} cannot be made ({first_line(error)}{renderer}).")
-    for space in (env.single_observation_space, env.single_action_space):
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            stop(f"{args.env} has the space {space}; only environments with flat Box spaces can be used.")
-    return env
-
-
-def action_range(env):
-    """Center and half range of the action space, which map it to [-1, 1]; 0 and 1 where it is unbounded."""
-    low, high = env.single_action_space.low, env.single_action_space.high
-    bounded = np.isfinite(low) & np.isfinite(high)
-    low, high = np.where(bounded, low, -1), np.where(bounded, high, 1)
-    return (high + low) / 2, (high - low) / 2
+def autocast(args, device):
+    """Matrix products in bf16 where `args.precision` says so; weights, gradients and optimizer stay float32."""
+    cpu_has_bf16 = torch.cpu.get_capabilities().get("avx512_bf16")  # without it, bf16 is slower than float32
+    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16
+    enabled = args.precision == "bf16" or bool(args.precision == "auto" and native)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 @torch.no_grad()
-def evaluate(model, env, data, args, seeds, after_step=None):
-    """Play one episode in each copy of `env`, started with these seeds and asking for `args.target_return`.
+def evaluate(model, env, data, args):
+    """Play one episode in each copy of `env`, started with `args.seed` and the numbers after it.
 
     Returns the episodes' undiscounted returns and lengths in steps, both [episodes]. As in the Decision Transformer's
-    evaluation, the return-to-go falls by each reward and the model sees the last K steps. A signal cuts it short.
-    `after_step`, if given, is called with the number of each step that has been made.
+    evaluation, the return-to-go starts at `args.target_return` and falls by each reward, and the model sees the last K
+    steps.
     """
     model.eval()
-    num_episodes, K = env.num_envs, args.context_length
+    device, n, K = data.state_mean.device, env.num_envs, args.context_length
     horizon = env.spec.max_episode_steps or 1000
-    center, half_range = action_range(env)
-    states = torch.zeros(num_episodes, horizon + K, len(data.state_mean), device=args.device)
-    actions = torch.zeros(num_episodes, horizon + K, len(center), device=args.device)
-    returns_to_go = torch.zeros(num_episodes, horizon + K, 1, device=args.device)
-    timesteps = torch.arange(horizon + K, device=args.device).clamp(max=model.embed_timestep.num_embeddings - 1)
-    returns, lengths = np.zeros(num_episodes), np.zeros(num_episodes, dtype=int)
-    running = np.ones(num_episodes, dtype=bool)
+    returns_to_go = torch.zeros(n, horizon + 1, 1, device=device)
+    states = torch.zeros(n, horizon, *env.single_observation_space.shape, device=device)
+    actions = torch.zeros(n, horizon, *env.single_action_space.shape, device=device)  # zero until they are predicted
+    timesteps = torch.arange(horizon, device=device).clamp(max=model.embed_timestep.num_embeddings - 1).expand(n, -1)
+    returns, lengths, running = np.zeros(n), np.zeros(n, dtype=int), np.ones(n, dtype=bool)
 
+    observations, _ = env.reset(seed=args.seed)
     returns_to_go[:, 0] = args.target_return / RETURN_SCALE
-    observations, _ = env.reset(seed=seeds)
-    bar = tqdm(total=horizon, desc="evaluation", unit="step", leave=False, disable=RANK > 0)
-    for t in range(horizon):
-        observations = torch.as_tensor(observations, dtype=torch.float32, device=args.device)
+    for t in tqdm(range(horizon), desc="evaluation", unit="step", leave=False):
+        observations = torch.as_tensor(observations, dtype=torch.float32, device=device)
         states[:, t] = (observations - data.state_mean) / data.state_std
-        rows = torch.as_tensor(np.flatnonzero(running), device=args.device)
-        first = max(0, t - K + 1)
-        window = slice(first, first + K)  # in the first K steps the future is zeros, which causal attention cannot see
-        predicted = model(
-            returns_to_go[rows, window], states[rows, window], actions[rows, window], timesteps[window].expand(len(rows), K)
-        )
-        actions[rows, t] = predicted[:, t - first].float()
+        rows, window = torch.as_tensor(running.nonzero()[0], device=device), slice(max(0, t - K + 1), t + 1)
+        with autocast(args, device):
+            predicted = model(*(x[rows, window] for x in (returns_to_go, states, actions, timesteps)))
+        actions[rows, t] = predicted[:, -1].float()
         # Copies that are done go on until all are; what they still do is not counted.
-        observations, rewards, terminated, truncated, _ = env.step(center + half_range * actions[:, t].cpu().numpy())
+        observations, rewards, terminated, truncated, _ = env.step(actions[:, t].cpu().numpy())
         returns += rewards * running
         lengths += running
-        returns_to_go[:, t + 1, 0] = returns_to_go[:, t, 0] - torch.as_tensor(rewards / RETURN_SCALE, device=args.device)
+        rewards = torch.as_tensor(rewards / RETURN_SCALE).float().to(device)
+        returns_to_go[:, t + 1, 0] = returns_to_go[:, t, 0] - rewards
         running &= ~(terminated | truncated)
-        bar.update()
-        if after_step:
-            after_step(t)
-        if SIGNALS or not running.any():
+        if not running.any():
             break
-    bar.close()
     return returns, lengths
 
 
 def normalized_score(env_id, episode_return):
-    """D4RL's score: 0 for a random policy, 100 for an expert; None for environments without reference returns."""
-    task = TASKS.get(env_id.rsplit("-v", 1)[0])
-    return task and 100 * (episode_return - task.random_return) / (task.expert_return - task.random_return)
+    """D4RL's score: 0 for a random policy, 100 for an expert; nan where those are not known."""
+    *_, random, expert = TASKS.get(env_id.rsplit("-v", 1)[0], (math.nan, math.nan))
+    return 100 * (episode_return - random) / (expert - random)
 
 
 # ======================================================================================================================
@@ -673,17 +533,9 @@ def normalized_score(env_id, episode_return):
 METRICS = ("loss", "saturated_fraction", "grad_norm", "clipped_fraction")  # of one training step
 
 
-def autocast(args):
-    """Matrix products in bf16 where `args.precision` says so; weights, gradients and optimizer stay float32."""
-    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16")
-
-
-def training_loss(model, batch, num_valid):
-    """Mean squared action error, and the share of predictions beyond ±0.99 (a saturated tanh), both over valid steps.
-
-    `num_valid` is the number of valid steps in the batch; where processes share a batch, their results add up.
-    """
-    returns_to_go, states, actions, timesteps, valid = batch
+def training_loss(model, windows, num_valid):
+    """Mean squared error, and share of predictions beyond ±0.99 (saturated tanh), over the `num_valid` valid steps."""
+    returns_to_go, states, actions, timesteps, valid = windows
     predicted = model(returns_to_go, states, actions, timesteps).float()
     weight = valid.unsqueeze(-1) / (num_valid * actions.shape[-1])
     loss = ((predicted - actions).square() * weight).sum()
@@ -691,450 +543,156 @@ def training_loss(model, batch, num_valid):
     return loss, saturated
 
 
-class TrainingStep:
-    """Make one training step from the starts of its windows [batch]; returns its METRICS [4] without waiting for the device.
+def training_step(loss_function, model, optimizer, data, args, starts):
+    """Make one step on the windows that begin at `starts` [batch]; returns its METRICS [4] without waiting for them."""
+    max_grad_norm = args.max_grad_norm or math.inf
+    num_valid = (data.episode_ends[starts] - starts).clamp(max=args.context_length).sum()
+    windows = data.windows(starts.chunk(WORLD_SIZE)[RANK], args.context_length)
+    with autocast(args, starts.device):
+        loss, saturated = loss_function(model, windows, num_valid)
+    optimizer.zero_grad()
+    (loss * WORLD_SIZE).backward()  # DistributedDataParallel takes the mean over processes, the loss is a sum
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    optimizer.step()
+    sums = torch.stack([loss.detach(), saturated])
+    if WORLD_SIZE > 1:  # as the gradient, which is everyone's already
+        torch.distributed.all_reduce(sums)
+    return torch.stack([*sums, grad_norm, (grad_norm > max_grad_norm).float()])
 
-    On a single GPU the loss is compiled and, once warm, the whole step is recorded in a CUDA graph and replayed: a small
-    model at K = 1 would otherwise wait for Python. Dropout stays random in a graph, its seed advances with each replay.
-    """
 
-    def __init__(self, model, optimizer, data, args):
-        self.model, self.optimizer, self.data, self.args = model, optimizer, data, args
-        on_gpu = args.device.startswith("cuda")
-        self.loss = torch.compile(training_loss) if on_gpu else training_loss
-        self.eager_steps = 5 if on_gpu and WORLD_SIZE == 1 else math.inf
-        self.graph = None
+class RecordedStep:
+    """Record `step`(starts) in a CUDA graph and replay it: no waiting for Python, and new dropout with each replay."""
 
-    def run(self, starts):
-        args, data = self.args, self.data
-        num_valid = (data.episode_ends[starts] - starts).clamp(max=args.context_length).sum()
-        windows = data.windows(starts.chunk(WORLD_SIZE)[RANK], args.context_length)
-        with autocast(args):
-            loss, saturated = self.loss(self.model, windows, num_valid)
-        self.optimizer.zero_grad()
-        (loss * WORLD_SIZE).backward()  # DistributedDataParallel takes the mean over processes, the loss is a sum
-        max_grad_norm = args.max_grad_norm or math.inf
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm)
-        self.optimizer.step()
-        sums = torch.stack([loss.detach(), saturated])
-        if WORLD_SIZE > 1:  # as the gradient, which is everyone's already
-            torch.distributed.all_reduce(sums)
-        return torch.stack([*sums, grad_norm, (grad_norm > max_grad_norm).float()])
+    def __init__(self, step):
+        self.step, self.calls, self.graph = step, 0, torch.cuda.CUDAGraph()
 
     def __call__(self, starts):
-        if self.eager_steps == math.inf:
-            return self.run(starts)
-        if self.eager_steps > 0:  # on a side stream, as a capture wants it
-            self.eager_steps -= 1
+        self.calls += 1
+        if self.calls <= 5:  # warm up on a side stream, as a capture wants it
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                metrics = self.run(starts)
+                metrics = self.step(starts)
             torch.cuda.current_stream().wait_stream(side)
             return metrics
-        if self.graph is None:
-            self.graph, self.starts = torch.cuda.CUDAGraph(), starts.clone()
+        if self.calls == 6:
+            self.starts = starts.clone()
             with torch.cuda.graph(self.graph):
-                self.metrics = self.run(self.starts)
+                self.metrics = self.step(self.starts)
         self.starts.copy_(starts)
         self.graph.replay()
         return self.metrics
 
 
-@contextlib.contextmanager
-def process_group():
-    """Join the processes that torchrun has started, if it has; one of them speaks."""
-    if WORLD_SIZE > 1:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group()
-        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
-    yield
-    if WORLD_SIZE > 1:
-        torch.distributed.destroy_process_group()
+def find_device(args):
+    """Return the device that is asked for; where torchrun has started several processes, join them."""
+    if WORLD_SIZE > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(timeout=timedelta(hours=12))  # the first one evaluates, the others wait
+    name = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
-def all_gather(value):
-    """Return every process's `value`, in the order of their ranks."""
-    values = [value] * WORLD_SIZE
-    if WORLD_SIZE > 1:
-        torch.distributed.all_gather_object(values, value)
-    return values
+def train(args, folder, load=load_backbone):
+    """Train and evaluate as `args` say, going on from `folder`/latest.pt if it is there.
 
-
-# ======================================================================================================================
-# Interruptions: whole files, known failures, checkpoints to go on from
-# ======================================================================================================================
-SIGNALS = []  # SIGINT or SIGTERM, once one has come; the training step under way is finished first
-COST_MEMORY = ("batch_size", "context_length", "num_eval_episodes", "chunk_size", "mine_windows", "mine_group")
-MAY_CHANGE = ("num_epochs", "save_epochs", "capture_video", "device", "resume")  # what a resumed run may be given anew
-
-
-def remember_signal(number, frame):
-    SIGNALS.append(number)
-    signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
-
-
-def save(path, write):
-    """Call write(file) on a temporary file and move it to `path`: it appears whole or not at all. Only rank 0 writes."""
-    if RANK > 0:
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        temporary.unlink(missing_ok=True)
-        stop(
-            f"{path} could not be written ({first_line(error)}), the last good checkpoint is untouched; is the disk full? "
-            "Make room and go on with --resume."
-        )
-
-
-def save_json(path, content):
-    """Write numbers, texts, arrays, and lists and dicts of them; JSON has no NaN, so that it becomes null."""
-    content = json.loads(json.dumps(content, default=lambda array: array.tolist()), parse_constant=lambda name: None)
-    save(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
-
-
-@contextlib.contextmanager
-def explained(args):
-    """Turn the failures of a run that a user can do something about into one sentence."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        tqdm.write("interrupted; finished runs and checkpoints are kept.", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGINT)
-    except (RuntimeError, MemoryError, OSError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if isinstance(error, MemoryError) or "memory" in str(error):
-            costly = [name for name in COST_MEMORY if hasattr(args, name)]
-            sizes = ", ".join(f"--{name.replace('_', '-')} (now {getattr(args, name)})" for name in costly)
-            stop(f"{args.device} ran out of memory; lower one of {sizes}.")
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            stop(f"the disk is full ({first_line(error)}); make room and go on with --resume, the last checkpoint is good.")
-        raise
-
-
-def changed(args, others):
-    """Names of the arguments [dict] that differ although a resumed run has to keep them."""
-    args, others = json.loads(json.dumps([args, others]))
-    return [name for name in args if name not in MAY_CHANGE and args[name] != others.get(name)]
-
-
-def read_latest(folder):
-    """Return the checkpoint that the run in `folder` can go on from."""
-    path = Path(folder) / "checkpoints" / "latest.pt"
-    if not path.is_file():
-        stop(f"{folder} cannot be resumed, it has no checkpoints/latest.pt.")
-    try:
-        latest = torch.load(path, map_location="cpu", weights_only=True)
-        differing = changed(latest["args"], json.loads((path.parent.parent / "args.json").read_text()))
-        script, _ = latest["script"], latest["optimizer"]
-    except Exception as error:
-        stop(f"{folder} cannot be resumed, checkpoints/latest.pt or args.json is damaged or no such file: {first_line(error)}.")
-    if script != SCRIPT or differing:
-        stop(f"{path} is of another run: from {script}.py, and not with args.json's {', '.join(differing) or 'script'}.")
-    return latest
-
-
-# ======================================================================================================================
-# Run: from the arguments to a folder of results
-# ======================================================================================================================
-def show(value, form):
-    return "-" if value is None else format(value, form)
-
-
-def print_table(records, summary):
-    """Print one line per epoch, and best, last and the mean over the last quarter of the epochs."""
-    columns = {"epoch": "d", "loss": ".4f", "grad_norm": ".3f", "clipped_fraction": ".0%", "saturated_fraction": ".0%"}
-    columns |= {"return_mean": ".1f", "return_std": ".1f", "length_mean": ".1f", "normalized_score": ".1f"}
-    print("\n" + "  ".join(columns))
-    for record in records:
-        print("  ".join(show(record[name], form).rjust(len(name)) for name, form in columns.items()))
-    best, last, mean = (show(summary[f"{name}_normalized_score"], ".1f") for name in ("best", "final", "mean_last_quarter"))
-    print(
-        f"normalized score: best {best} (epoch {summary['best_epoch']}; the paper reports the best epoch), last {last}, "
-        f"mean over the last quarter of the epochs {mean}"
-    )
-
-
-def train(args, run_folder):
-    """Train and evaluate as `args` say; a run that is resumed goes on from its latest checkpoint, if it has one.
-
-    Leaves checkpoints, TensorBoard events, args.json and summary.json in `run_folder`; returns the summary and the history
-    of METRICS, one entry per logging interval.
+    Leaves TensorBoard events, checkpoints and summary.json in `folder`. The windows and the dropout of an epoch follow
+    from the seed and the epoch's number alone: a run that was interrupted gives the numbers of one that was not.
     """
-    if run_folder.exists() and not args.resume:
-        stop(f"{run_folder} already exists; choose another --run-name, or go on with it by --resume {run_folder}.")
-    latest = read_latest(run_folder) if (run_folder / "checkpoints" / "latest.pt").exists() else None
-    if args.sample:
-        print("This is the bundled sample: small backbones, small data, few steps. It is not the paper's experiment.")
-
-    # Environment, data, model
-    torch.manual_seed(args.seed)
-    seeds = np.array_split(np.arange(args.seed, args.seed + args.num_eval_episodes), WORLD_SIZE)[RANK].tolist()
-    env = make_env(args, len(seeds))
-    if RANK > 0:
-        torch.distributed.barrier()  # what has to be downloaded, the first process does
-    data = load_data(args, env)
+    device = find_device(args)
+    env = make_env(args, args.num_eval_episodes)
+    data = OfflineData(args, env, device)
     max_timestep = max(1000, env.spec.max_episode_steps or 0, int(data.timesteps.max()) + 1)
-    shape = dict(state_dim=len(data.state_mean), act_dim=data.actions.shape[1], max_timestep=max_timestep)
-    model, architecture, backbone_source, eps = make_model(args, shape)
-    if WORLD_SIZE > 1 and RANK == 0:
-        torch.distributed.barrier()
-    model.to(args.device)
-    num_parameters = sum(p.numel() for p in model.parameters())
-    print(f"{backbone_name(args.backbone)}: {num_parameters / 1e6:.1f} M parameters, from {backbone_source}")
-    print(f"{args.env}: {len(data.states):,} steps in {data.num_episodes} episodes of {data.dataset_id}")
-    print(f"{run_folder}: on {args.device} in {args.precision}, {WORLD_SIZE} process{'es' * (WORLD_SIZE > 1)}")
+    torch.manual_seed(args.seed)
+    blocks, final_norm, weights, source = load(args)
+    model = DecisionTransformer(blocks, final_norm, data.states.shape[1], data.actions.shape[1], max_timestep)
+    model.transformer.load_state_dict(model.transformer.state_dict() | weights)
+    start = dict(step=0, records=[], history=[])  # one record per epoch, one line of history per logging interval
+    if (folder / "latest.pt").exists():
+        model, start = load_model(folder / "latest.pt", device)
+    step, records, history = start["step"], start["records"], start["history"]
 
-    # Optimizer, and all that changes during training
-    on_gpu = args.device.startswith("cuda")
-    learning_rate = torch.tensor(args.learning_rate, device=args.device)  # a tensor, so that a CUDA graph reads it anew
-    optimizer = torch.optim.AdamW(
-        model.parameters(), learning_rate, weight_decay=args.weight_decay, eps=eps, fused=True, capturable=on_gpu
-    )
-    window_generator = torch.Generator().manual_seed(args.seed)  # the same windows on every device and in every process
-    torch.manual_seed(args.seed + RANK)  # but dropout of its own in each process
-    metrics = torch.zeros(args.steps_per_epoch, len(METRICS), device=args.device)  # of the epoch under way
-    records, history = [], []  # one entry per epoch, one per logging interval
-    step, train_seconds, eval_seconds = 0, 0.0, 0.0
-    if latest is not None:
-        if not torch.equal(latest["state_mean"], data.state_mean.cpu()) or len(latest["random_states"]) != WORLD_SIZE:
-            stop(f"{run_folder} had other data or {len(latest['random_states'])} processes; resume it as it was started.")
-        model.load_state_dict(latest["model"])
-        optimizer.load_state_dict(latest["optimizer"])
-        optimizer.param_groups[0]["lr"] = learning_rate  # still the tensor that the loop fills
-        metrics.copy_(latest["metrics"])
-        step, records, history = latest["step"], latest["records"], latest["history"]
-        train_seconds, eval_seconds = latest["train_seconds"], latest["eval_seconds"]
-        cpu_state, gpu_state, window_state = latest["random_states"][RANK]
-        torch.set_rng_state(cpu_state)
-        if on_gpu and gpu_state is not None:
-            torch.cuda.set_rng_state(gpu_state, args.device)
-        window_generator.set_state(window_state)
-        print(f"going on after step {step}, with {len(records)} of {args.num_epochs + 1} evaluations done")
-
-    # What the run leaves behind
-    if RANK == 0:
-        from torch.utils.tensorboard import SummaryWriter
-
-        (run_folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        writer = SummaryWriter(run_folder, purge_step=step + 1 if latest else None)
-        rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-        writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{rows}")
-    save_json(run_folder / "args.json", asdict(replace(args, resume=None)))
-
-    def log(group, values):
-        for name, value in values.items():
-            if RANK == 0 and value is not None:
-                writer.add_scalar(f"{group}/{name}", value, step)
-
-    def save_checkpoint(name, **more):
-        checkpoint = dict(
-            script=SCRIPT, epoch=len(records) - 1, step=step, args=asdict(replace(args, resume=None)),
-            architecture=architecture, model=model.state_dict(), state_mean=data.state_mean, state_std=data.state_std, **more,
-        )  # fmt: skip
-        save(run_folder / "checkpoints" / f"{name}.pt", lambda file: torch.save(checkpoint, file))
-
-    def save_latest():
-        gpu_state = torch.cuda.get_rng_state(args.device) if on_gpu else None
-        states = [torch.get_rng_state(), gpu_state, window_generator.get_state()]
-        save_checkpoint(
-            "latest", optimizer=optimizer.state_dict(), metrics=metrics, records=records, history=history,
-            random_states=all_gather(states), train_seconds=train_seconds, eval_seconds=eval_seconds,
-        )  # fmt: skip
-
-    def end_if_interrupted():
-        numbers = sum(all_gather(SIGNALS), [])
-        if numbers:
-            save_latest()
-            if RANK == 0:
-                how = f"python {SCRIPT}.py --resume {run_folder}"
-                tqdm.write(f"interrupted after step {step}; go on with: {how}", file=sys.stderr)
-            raise SystemExit(128 + numbers[0])
-
-    # Training
-    handlers = {number: signal.signal(number, remember_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    model.to(device)
+    epsilon = 1e-6 if "ln_f.weight" in weights else 1e-8  # as in the reference, where one replaced block does not count
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, eps=epsilon, fused=True)
+    if records:
+        optimizer.load_state_dict(start["optimizer"])
+    learning_rate = torch.tensor(args.learning_rate, device=device)  # a tensor, so that a CUDA graph reads it anew
+    optimizer.param_groups[0].update(lr=learning_rate, capturable=device.type == "cuda")
     trained = nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
-    training_step = TrainingStep(trained, optimizer, data, args)
+    loss_function = torch.compile(training_loss) if device.type == "cuda" else training_loss
+    step_function = partial(training_step, loss_function, trained, optimizer, data, args)
+    if device.type == "cuda" and WORLD_SIZE == 1:
+        step_function = RecordedStep(step_function)
+
+    if RANK == 0:
+        parameters = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"\n{folder}: {parameters:.1f} M parameters, from {source}; {len(data.states):,} steps of {args.dataset}")
+        writer = SummaryWriter(folder, purge_step=step + 1)
+        rows = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
+        writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{rows}")
     log_interval = max(1, args.steps_per_epoch // 25)
 
     for epoch in range(len(records), args.num_epochs + 1):  # epoch 0 only evaluates: the model before fine-tuning
-        model.train()
-        last_step = epoch * args.steps_per_epoch
-        started = logged_at = time.perf_counter()
-        steps = tqdm(
-            range(step + 1, last_step + 1), desc=f"epoch {epoch}/{args.num_epochs}", unit="step", total=args.steps_per_epoch,
-            initial=args.steps_per_epoch - last_step + step, disable=RANK > 0 or epoch == 0,
-        )  # fmt: skip
-        for step in steps:
-            starts = torch.randint(len(data.states), (args.batch_size,), generator=window_generator).to(args.device)
-            learning_rate.fill_(args.learning_rate * min(step / max(args.warmup_steps, 1), 1))
-            row = (step - 1) % args.steps_per_epoch
-            metrics[row] = training_step(starts)
-
-            logging = (row + 1) % log_interval == 0 or step == last_step
-            if logging:  # the one place in the loop that waits for the device
-                values = metrics[row // log_interval * log_interval : row + 1].double().cpu().numpy()
-                finite = np.isfinite(values).all(axis=1)
-                if not finite.all():
-                    stop(
-                        f"loss or gradient is not finite in step {step + 1 - len(finite) + finite.argmin()}; the checkpoints in "
-                        f"{run_folder} are from before. Try a lower --learning-rate, --max-grad-norm 0.25 or --precision fp32."
-                    )
-                means = dict(zip(METRICS, values.mean(axis=0).tolist()))
-                history.append({"step": step, **means})
-                steps.set_postfix(loss=f"{means['loss']:.4f}", grad_norm=f"{means['grad_norm']:.3f}", refresh=False)
-                speed = len(values) / (time.perf_counter() - logged_at)
-                log("train", {**means, "learning_rate": learning_rate.item(), "steps_per_second": speed})
-                logged_at = time.perf_counter()
-            if SIGNALS and WORLD_SIZE == 1 or logging and any(all_gather(bool(SIGNALS))):
-                break
-        train_seconds += time.perf_counter() - started
-        end_if_interrupted()
-
-        # Evaluation
         started = time.perf_counter()
-        with autocast(args):
-            results = all_gather(evaluate(model, env, data, args, seeds))
-        end_if_interrupted()
-        eval_seconds += time.perf_counter() - started
-        returns, lengths = (np.concatenate(part) for part in zip(*results))
-        evaluation = dict(return_mean=float(returns.mean()), return_std=float(returns.std()), length_mean=float(lengths.mean()))
-        evaluation["normalized_score"] = normalized_score(args.env, evaluation["return_mean"])
-        training = dict(zip(METRICS, metrics.double().mean(0).tolist() if epoch else [None] * len(METRICS)))
-        records.append(dict(epoch=epoch, step=step, **training, **evaluation))
-        log("eval", evaluation)
-        score = show(evaluation["normalized_score"], ".1f")
-        tqdm.write(f"epoch {epoch}: return {returns.mean():.1f} ± {returns.std():.1f}, normalized score {score}")
+        num_steps = args.steps_per_epoch if epoch else 0
+        rng = np.random.default_rng([args.seed, epoch])
+        starts = torch.as_tensor(rng.integers(len(data.states), size=(num_steps, args.batch_size)), device=device)
+        torch.manual_seed(int(rng.integers(2**60)) + RANK)  # dropout
+        metrics = torch.zeros(num_steps, len(METRICS), device=device)
+        model.train()
+        bar = tqdm(starts, desc=f"epoch {epoch}/{args.num_epochs}", unit="step", disable=RANK > 0 or epoch == 0)
+        for i, batch in enumerate(bar):
+            step += 1
+            learning_rate.fill_(args.learning_rate * min(step / max(args.warmup_steps, 1), 1))
+            metrics[i] = step_function(batch)
+            if RANK == 0 and ((i + 1) % log_interval == 0 or i + 1 == num_steps):
+                means = metrics[i // log_interval * log_interval : i + 1].mean(0).tolist()  # waits for the device
+                if not np.isfinite(means).all():
+                    stop(f"loss or gradient is not finite at step {step}; try a lower --learning-rate.")
+                bar.set_postfix(loss=f"{means[0]:.4f}", refresh=False)
+                history.append(dict(zip(METRICS, means), step=step))
+                for name, value in zip(METRICS, means):
+                    writer.add_scalar(f"train/{name}", value, step)
+        if RANK > 0:
+            continue  # the first process evaluates and writes
+
+        returns, lengths = evaluate(model, env, data, args)
+        mean_return = returns.mean().item()
+        record = dict(epoch=epoch, step=step, **dict(zip(METRICS, metrics.mean(0).tolist())))  # nan in epoch 0
+        record |= dict(return_mean=mean_return, return_std=returns.std().item(), length_mean=lengths.mean().item())
+        record |= dict(normalized_score=normalized_score(args.env, mean_return), seconds=time.perf_counter() - started)
+        records.append(record)
+        for name in ("return_mean", "return_std", "length_mean", "normalized_score"):
+            writer.add_scalar(f"eval/{name}", record[name], step)
+        writer.flush()
+        tqdm.write(f"epoch {epoch}: return {mean_return:.1f} ± {returns.std():.1f}")
+
+        checkpoint = dict(epoch=epoch, step=step, args=asdict(args), architecture=model.architecture)
+        checkpoint |= dict(model=model.state_dict(), state_mean=data.state_mean, state_std=data.state_std)
         if epoch in args.save_epochs or epoch == args.num_epochs:
-            save_checkpoint(f"epoch_{epoch}")
-        best = max(records[1:], key=lambda record: record["return_mean"], default=None)
-        if best is records[-1]:
-            save_checkpoint("best")
-        save_latest()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-    best = max(records[1:], key=lambda record: record["return_mean"])
-    last_quarter = [record["normalized_score"] for record in records[-max(1, args.num_epochs // 4) :]]
-    summary = dict(
-        script=SCRIPT, backbone=args.backbone, env=args.env, context_length=args.context_length, seed=args.seed,
-        sample=args.sample, device=args.device, precision=args.precision, backbone_source=backbone_source,
-        dataset=data.dataset_id, dataset_steps=len(data.states), dataset_episodes=data.num_episodes, processes=WORLD_SIZE,
-        parameters=num_parameters, steps=step, epochs=records, best_epoch=best["epoch"],
-        best_normalized_score=best["normalized_score"], final_normalized_score=records[-1]["normalized_score"],
-        mean_last_quarter_normalized_score=None if None in last_quarter else float(np.mean(last_quarter)),
-        steps_per_second=step / train_seconds, train_seconds=train_seconds, eval_seconds=eval_seconds,
-    )  # fmt: skip
-    save_json(run_folder / "summary.json", summary)
-    if RANK == 0:
-        writer.close()
-        print_table(records, summary)
-    return summary, history
-
-
-# Okabe and Ito's palette, also for the colour-blind; whatever is not named has the first colour.
-COLORS = defaultdict(lambda: "#CC79A7")
-COLORS |= {"gpt2": "#0072B2", "igpt": "#D55E00", "igpt-as-gpt2": "#E69F00", "random": "#555555", "random-gpt2": "#009E73"}
-
-
-def new_figure(title, width, height):
-    """An empty matplotlib figure, width and height in inches."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(title)
-    return figure
-
-
-def save_figure(figure, run_folder, name, step):
-    """Write a matplotlib figure as a PNG and as a TensorBoard image."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    save(run_folder / f"{name}.png", lambda file: figure.savefig(file, format="png", dpi=120))
-    with SummaryWriter(run_folder) as writer:
-        writer.add_figure(name, figure, step)
-
-
-def parse_arguments():
-    """Return the arguments as given; what is not given comes from the run to resume, or from the sample."""
-    args = tyro.cli(Args, description=__doc__)
-    if args.resume:
-        before = read_latest(args.resume)["args"]
-        args = tyro.cli(Args, default=Args(**before))
-        names = changed(asdict(args), before)
-        if names:
-            stop(f"--{', --'.join(names).replace('_', '-')} cannot change when a run is resumed; leave out or start a new run.")
-    elif args.sample:
-        args = tyro.cli(Args, default=SAMPLE)
-    return args
-
-
-# ======================================================================================================================
-# Study: several runs, trained here or earlier, and what is kept of them
-# ======================================================================================================================
-def open_study(args):
-    """Return the arguments of all runs together, and the folder of the study; one is resumed by any of its runs."""
-    if args.resume:  # this run's arguments are resolved for its backbone; those of the study stand in one of them
-        may_change = {name: getattr(args, name) for name in MAY_CHANGE if hasattr(args, name)}
-        given = {name: tuple(x) if isinstance(x, list) else x for name, x in json.loads(args.study).items()}
-        args = Args(**{**given, **may_change})
-    args.run_name = args.run_name or f"{args.env}__{SCRIPT}__{args.seed}__{int(time.time())}".replace("/", "--")
-    args.save_epochs = tuple(sorted({0, *args.save_epochs, *args.epochs}))
-    study = Path(args.resume).parent if args.resume else Path("runs") / args.run_name
-    if study.exists() and not args.resume:
-        stop(f"{study} already exists; choose another --run-name.")
-    return args, study
-
-
-def run_args(args, backbone, **changes):
-    """Return the arguments of the study's run that starts from `backbone`."""
-    if backbone not in ("random", "random-gpt2"):
-        changes |= dict(n_layer=None, n_head=None, n_embd=None, activation=None)
-    return resolve(replace(args, backbone=backbone, study=json.dumps(asdict(args)), **changes))
-
-
-def read_records(folder, epochs):
-    """Return the records per epoch of the finished run in `folder`, which must have checkpoints of these epochs."""
-    try:
-        records = json.loads((folder / "summary.json").read_text())["epochs"]
-    except (OSError, ValueError, KeyError) as error:
-        stop(f"{folder} cannot be analysed, it is no folder of a finished run: {first_line(error)}.")
-    for epoch in epochs:
-        if not (folder / "checkpoints" / f"epoch_{epoch}.pt").exists():
-            stop(f"{folder} cannot be analysed, it has no checkpoint of epoch {epoch}; train it with --save-epochs 0 {epoch}.")
-    return records
-
-
-def load_checkpoint(folder, epoch):
-    return torch.load(folder / "checkpoints" / f"epoch_{epoch}.pt", map_location="cpu", weights_only=True, mmap=True)
-
-
-def check_epochs(args):
-    """Refuse epochs that will not be trained, or were not."""
-    beyond = [] if args.runs else [epoch for epoch in args.epochs if not 0 <= epoch <= args.num_epochs]
-    if beyond:
-        stop(f"--epochs {beyond[0]} is not between 0 and --num-epochs {args.num_epochs}.")
-    for folder in args.runs:
-        read_records(Path(folder), args.epochs or (0,))
+            save(folder / f"epoch_{epoch}.pt", partial(torch.save, checkpoint))
+        if epoch > 0 and mean_return >= max(record["return_mean"] for record in records[1:]):
+            save(folder / "best.pt", partial(torch.save, checkpoint))
+        checkpoint |= dict(optimizer=optimizer.state_dict(), records=records, history=history)
+        save(folder / "latest.pt", partial(torch.save, checkpoint))
+        save_json(folder / "summary.json", dict(args=asdict(args), source=source, epochs=records, history=history))
 
 
 # ======================================================================================================================
 # Activations: what every layer says about a window
 # ======================================================================================================================
 TOKENS = ("return", "state", "action")  # the three tokens of a time step, in their order
-LAYERS = "ln_1 attn.c_attn attn.c_proj attn.resid_dropout ln_2 mlp.c_fc mlp.act mlp.c_proj mlp.dropout".split()
+LAYERS = ("ln_1", "attn.c_attn", "attn.c_proj", "attn.resid_dropout")
+LAYERS += ("ln_2", "mlp.c_fc", "mlp.act", "mlp.c_proj", "mlp.dropout")
 BLOCK_OUTPUT = "mlp.dropout"  # what the paper calls a block's output: before it is added to the residual stream
 
 
 def layer_names(num_blocks):
     """All layers in the order of computation: ["0.ln_1", "0.attn.c_attn", ...], nine per block."""
-    return [f"{block}.{layer}" for block in range(num_blocks) for layer in LAYERS]
+    return [f"{block}.{layer}" for block, layer in itertools.product(range(num_blocks), LAYERS)]
 
 
 @torch.no_grad()
@@ -1156,32 +714,17 @@ def activations(model, windows, wanted, chunk_size=250):
     return {layer: torch.cat(parts.pop(layer), dim=1) for layer in wanted}
 
 
-def whole_windows(data, context_length):
-    """Starts of all windows that end before their episode does, and whether they are in an odd one of the episodes."""
-    starts = torch.arange(len(data.episode_ends), device=data.episode_ends.device)
-    whole = starts + context_length <= data.episode_ends
-    _, episode = torch.unique(data.episode_ends, return_inverse=True)
-    return starts[whole], episode[whole] % 2 == 1
-
-
-def choose(starts, count, generator, what):
-    """Return `count` different ones of `starts` in random order."""
-    if len(starts) < count:
-        stop(f"the data set has {len(starts)} whole windows for {what}, not {count}; lower --cka-windows or --mine-windows.")
-    return starts[torch.randperm(len(starts), generator=generator)[:count].to(starts.device)]
-
-
 # ======================================================================================================================
 # CKA: how similar two layers represent the same windows (section 5.1)
 # ======================================================================================================================
-def gram_matrices(activations_of_layers):
+def gram_matrices(layers):
     """U-centred Gram matrices of layers, each of length 1: a list of [windows, width] to [layers, windows * windows].
 
-    U-centring (Székely and Rizzo 2014) makes inner products of Gram matrices unbiased estimates of HSIC up to a constant
-    that CKA does not see, which is the debiased estimator of Kornblith et al. 2019. A layer that is constant has no direction: nan.
+    U-centring (Székely and Rizzo 2014) makes inner products of Gram matrices unbiased estimates of HSIC, up to a factor
+    that CKA does not see: the debiased estimator of Kornblith et al. 2019. A constant layer has no direction: nan.
     """
     rows = []
-    for x in activations_of_layers:
+    for x in layers:
         x = x.double()
         x = x - x[0]  # changes no distance between windows, keeps the digits, and makes a constant zero
         n, gram = len(x), (x @ x.T).fill_diagonal_(0)
@@ -1215,20 +758,18 @@ def align(values, num_blocks):
 class StatisticsNetworks(nn.Module):
     """The statistics networks of many estimators: [estimators, batch, features] to [estimators, batch].
 
-    Each is features -> 400 -> 400 -> 400 -> 1 with ReLU and starts as nn.Linear does, from a seed of its own. They share
-    nothing; batched matrix products only train them at the same time.
+    Each is features -> 400 -> 400 -> 400 -> 1 with ReLU; all start from the same weights, drawn as nn.Linear does. They
+    share nothing afterwards: batched matrix products only train them at the same time.
     """
 
-    def __init__(self, num_features, seeds):
+    def __init__(self, num_estimators, num_features, generator):
         super().__init__()
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        generators = {seed: torch.Generator().manual_seed(seed) for seed in seeds}
         sizes = (num_features, 400, 400, 400, 1)
-        for n_in, n_out in zip(sizes, sizes[1:]):
-            drawn = {seed: (2 * torch.rand(n_in + 1, n_out, generator=g) - 1) / n_in**0.5 for seed, g in generators.items()}
-            layer = torch.stack([drawn[seed] for seed in seeds])
-            self.weights.append(nn.Parameter(layer[:, :-1].contiguous()))
-            self.biases.append(nn.Parameter(layer[:, -1:].contiguous()))
+        for n_in, n_out in itertools.pairwise(sizes):
+            layer = (2 * torch.rand(1, n_in + 1, n_out, generator=generator) - 1) / n_in**0.5
+            self.weights.append(nn.Parameter(layer[:, :-1].repeat(num_estimators, 1, 1)))
+            self.biases.append(nn.Parameter(layer[:, -1:].repeat(num_estimators, 1, 1)))
 
     def forward(self, x):
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
@@ -1241,228 +782,201 @@ def donsker_varadhan(joint, marginal):
     return joint.mean(1) - (torch.logsumexp(marginal, 1) - math.log(marginal.shape[1]))
 
 
-def mutual_information(x, t, pairs, args, description=""):
-    """Estimate the mutual information of x[i] and t[j] for each (i, j) of `pairs` by MINE (Belghazi et al. 2018).
+def train_estimators(x, t, seed, args):
+    """Estimate the mutual information of each x[i] with t[i] by MINE (Belghazi et al. 2018).
 
-    `x` and `t` are lists of variables, [windows, features] and [windows, width]: the first half of the windows trains the
-    estimators, the second half is held out. Returns the held-out and the training estimates in nats, both
-    [args.mine_repeats, pairs]; nan where an estimator has diverged. All estimators of a repeat start from the same
-    weights and see the windows in the same order, so that they differ by their data only.
+    `x` is [estimators, windows, features] and `t` [estimators, windows, width]: the first half of the windows trains
+    them, the second half is held out. Returns held-out and training estimates in nats [2, estimators], nan where
+    one has diverged. All see the windows in the same order, so that they differ by their data only.
     """
-    seeds = [args.seed + repeat for repeat in range(args.mine_repeats)]
-    jobs = [(seed, i, j) for seed in seeds for i, j in pairs]
-    groups = [jobs[first : first + args.mine_group] for first in range(0, len(jobs), args.mine_group)]
-    steps = args.mine_passes * (args.mine_windows // args.mine_batch_size)
-    with tqdm(total=len(groups) * steps, desc=f"MINE {description}", unit="step", leave=False) as bar:
-        estimates = [estimate_group(x, t, group, args, bar) for group in groups]
-    held_out, training = torch.cat(estimates, dim=1).unflatten(1, (len(seeds), -1)).cpu().double().numpy()
-    return held_out, training
-
-
-def estimate_group(x, t, jobs, args, bar):
-    """Train the estimators of some (seed, i, j) side by side; returns their held-out and training estimates [2, jobs]."""
-    seeds, of_x, of_t = zip(*jobs)
-    used, of_t = torch.unique(torch.tensor(of_t), return_inverse=True)  # of all representations only those of this group
-    x, t = torch.stack(x).to(args.device), torch.stack([t[i] for i in used]).to(args.device)
-    half = args.mine_windows
+    device, half, batch_size = x.device, x.shape[1] // 2, args.mine_batch_size
+    generator = torch.Generator().manual_seed(seed)
     if not args.mine_paper_settings:  # no information is gained or lost by units, but a network learns better in these
         x, t = ((v - v[:, :half].mean(1, keepdim=True)) / (v[:, :half].std(1, keepdim=True) + 1e-6) for v in (x, t))
-    networks = StatisticsNetworks(x.shape[-1] + t.shape[-1], seeds).to(args.device)
+    networks = StatisticsNetworks(len(x), x.shape[-1] + t.shape[-1], generator).to(device)
     optimizer = torch.optim.Adam(networks.parameters(), 1e-4, fused=True)
-    rows_x, rows_t = torch.tensor(of_x)[:, None].to(args.device), of_t[:, None].to(args.device)
 
     def statistics(windows, partners):
-        """T on pairs that belong together, and with x from the partners [jobs, windows] on pairs that do not."""
-        batch_t = t[rows_t, windows]
-        joint, marginal = (torch.cat([x[rows_x, of], batch_t], dim=-1) for of in (windows, partners))
+        """T on pairs that belong together, and with x from the partners on pairs that do not."""
+        joint, marginal = (torch.cat([x[:, chosen], t[:, windows]], dim=-1) for chosen in (windows, partners))
         return networks(torch.cat([joint, marginal], dim=1)).chunk(2, dim=1)
 
-    generators, average = {seed: torch.Generator().manual_seed(seed) for seed in seeds}, None
-
-    def shuffled(count):
-        """A random order of `count` windows for each job, the same for all of a seed: [jobs, count]."""
-        orders = {seed: torch.randperm(count, generator=generator) for seed, generator in generators.items()}
-        return torch.stack([orders[seed] for seed in seeds]).to(args.device)
-
-    batch_size = args.mine_batch_size
-    for _ in range(args.mine_passes):
-        order = shuffled(half)[:, : half // batch_size * batch_size]
-        for windows in order.split(batch_size, dim=1):
-            joint, marginal = statistics(windows, windows.gather(1, shuffled(batch_size)))
+    average = None
+    for _ in tqdm(range(args.mine_passes), desc=f"MINE of {len(x)} pairs", unit="pass", leave=False):
+        order = torch.randperm(half, generator=generator)[: half // batch_size * batch_size]
+        for windows in order.split(batch_size):
+            partners = windows[torch.randperm(batch_size, generator=generator)]
+            joint, marginal = statistics(windows.to(device), partners.to(device))
             mean_exp = marginal.exp().mean(1)
             average = mean_exp.detach() if average is None else torch.lerp(average, mean_exp.detach(), 0.01)
             loss = mean_exp / average - joint.mean(1)  # its gradient is the bound's, less biased in small batches
             optimizer.zero_grad()
             loss.sum().backward()
             optimizer.step()
-            bar.update()
 
-    @torch.no_grad()
-    def estimate(first):
-        windows, partners = torch.arange(half, device=args.device).expand(len(jobs), -1) + first, shuffled(half) + first
-        parts = [statistics(*part) for part in zip(windows.split(batch_size, dim=1), partners.split(batch_size, dim=1))]
+    estimates = []
+    for first in (half, 0):
+        windows, partners = torch.arange(half) + first, torch.randperm(half, generator=generator) + first
+        with torch.no_grad():
+            pairs = zip(windows.to(device).split(batch_size), partners.to(device).split(batch_size))
+            parts = [statistics(*pair) for pair in pairs]
         bound = donsker_varadhan(*(torch.cat(columns, dim=1) for columns in zip(*parts)))
-        return torch.where(bound.isfinite(), bound, math.nan)
+        estimates.append(torch.where(bound.isfinite(), bound, math.nan))
+    return torch.stack(estimates).cpu()
 
-    return torch.stack([estimate(half), estimate(0)])
+
+def mutual_information(pairs, args, device):
+    """Estimate the mutual information of each pair of variables ([windows, features], [windows, width]).
+
+    The pairs have equal shapes. Returns held-out and training estimates in nats, [2, pairs, args.mine_repeats].
+    """
+    repeats = []
+    for seed in range(args.seed, args.seed + args.mine_repeats):
+        groups = []
+        for first in range(0, len(pairs), args.mine_group):
+            x, t = (torch.stack(variable).to(device) for variable in zip(*pairs[first : first + args.mine_group]))
+            groups.append(train_estimators(x, t, seed, args))
+        repeats.append(torch.cat(groups, dim=1))
+    return torch.stack(repeats, dim=-1).double().numpy()
 
 
-def ask(analysis, quantity, block, variable, representation):
-    """A question, without its answer: the information of a (token, step) of the data and of one of the representations.
+# ======================================================================================================================
+# Questions: whose information (Fig. 2, App. E and H.2)
+# ======================================================================================================================
+def question(analysis, quantity, block, variable, representation):
+    """A question, without its answer: the information of a (token, step) of the data and one of a representation.
 
-    Figures show it at the `token` and `step` that the question is about, which is not the label in Fig. 2.
+    Figures show it at the token and step that it is about, which is not the label in Fig. 2.
     """
     token, step = representation if (analysis, quantity) == ("context", "I(Y;T)") else variable
-    question = dict(analysis=analysis, quantity=quantity, block=block, token=token, step=step)
-    return question | dict(variable=variable, representation=representation, control=False)
+    asked = dict(analysis=analysis, quantity=quantity, block=block, token=token, step=step, control=False)
+    return asked | dict(variable=variable, representation=representation)
 
 
-def with_controls(asked):
-    """Add a control to each panel of a figure: its last question, with the windows of the data shuffled."""
-    panels = {(q["analysis"], q["quantity"], q["block"] if q["analysis"] == "context" else None): q for q in asked}
-    return asked + [q | dict(control=True) for q in panels.values()]
+def questions_about_model(num_blocks, context_length, steps):
+    """What the paper asks of one model at some time steps.
 
-
-def questions(num_blocks, context_length, steps):
-    """What the paper asks of one model.
-
-    "context" (Fig. 2) is I(x_t; T(s_K)), which is I(X;T), and I(a_K; T(x_t)), which is I(Y;T), for every token x_t but a_K in
-    a shallow, a middle and a deep block; "no context" (App. E) is I(s_t; T(s_t)) and I(a_t; T(s_t)) in every block.
+    "context" (Fig. 2) is I(x_t; T(s_K)), which is I(X;T), and I(a_K; T(x_t)), which is I(Y;T), for every token x_t but
+    a_K in a shallow, a middle and a deep block. "no context" (App. E) is I(s_t; T(s_t)) and I(a_t; T(s_t)) in all.
     """
-    last, asked = context_length - 1, []
+    questions, last = [], context_length - 1
     for block, step in itertools.product(range(num_blocks), steps):
-        asked.append(ask("no context", "I(X;T)", block, ("state", step), ("state", step)))
-        asked.append(ask("no context", "I(Y;T)", block, ("action", step), ("state", step)))
-    for block, step in itertools.product(dict.fromkeys((0, num_blocks // 2, num_blocks - 1)), steps):
+        questions.append(question("no context", "I(X;T)", block, ("state", step), ("state", step)))
+        questions.append(question("no context", "I(Y;T)", block, ("action", step), ("state", step)))
+    for block, step in itertools.product(sorted({0, num_blocks // 2, num_blocks - 1}), steps):
         for token in TOKENS if step < last else TOKENS[:2]:
-            asked.append(ask("context", "I(X;T)", block, (token, step), ("state", last)))
-            asked.append(ask("context", "I(Y;T)", block, ("action", last), (token, step)))
-    return with_controls(asked)
+            questions.append(question("context", "I(X;T)", block, (token, step), ("state", last)))
+            questions.append(question("context", "I(Y;T)", block, ("action", last), (token, step)))
+    return questions
 
 
-def questions_of_data(steps):
+def questions_about_data(steps):
     """What the paper asks of the data alone (App. H.2): I(s_t; a_t) and I(R_t; a_t)."""
-    variables = itertools.product({"state": "I(s;a)", "return": "I(R;a)"}.items(), steps)
-    return with_controls(
-        [ask("data", quantity, None, (token, step), ("action", step)) for (token, quantity), step in variables]
-    )
+    of_states = [question("data", "I(s;a)", None, ("state", step), ("action", step)) for step in steps]
+    return of_states + [question("data", "I(R;a)", None, ("return", step), ("action", step)) for step in steps]
 
 
-def answer(asked, windows, representations, args, description):
-    """Answer `questions` by MINE; returns them with "held_out" and "training" estimates in nats, one per repeat.
+def answer(questions, windows, representations, args, run):
+    """Answer `questions` by MINE; adds "held_out" and "training" estimates in nats [repeats] and the name of the run.
 
-    `representations` is {(block, token, step): [windows, width]}.
+    `windows` is what OfflineData.windows returns, `representations` {(block, token, step): [windows, width]}. The last
+    question of each kind and block is asked once more as a control, with the windows of the data shuffled.
     """
-    generator = torch.Generator().manual_seed(args.seed)
-    halves = [torch.randperm(args.mine_windows, generator=generator) + offset for offset in (0, args.mine_windows)]
-    shuffled = torch.cat(halves).to(windows[0].device)
-    keys, answers = list(representations), []
-    for token, x in zip(TOKENS, windows):
-        of_token = [q for q in asked if q["variable"][0] == token]
-        if not of_token:
-            continue
-        columns = [*x.transpose(0, 1), *x[shuffled].transpose(0, 1)]  # K steps, and K shuffled ones
-        places = [q["variable"][1] + q["control"] * x.shape[1] for q in of_token]
-        pairs = list(zip(places, [keys.index((q["block"], *q["representation"])) for q in of_token]))
-        estimates = mutual_information(columns, list(representations.values()), pairs, args, f"{description}, {token}")
-        answers += [q | dict(held_out=a, training=b) for q, a, b in zip(of_token, *np.swapaxes(estimates, 1, 2))]
+    controls = {(q["analysis"], q["quantity"], q["block"]): q | dict(control=True) for q in questions}
+    rng, half = np.random.default_rng(args.seed), len(windows[0]) // 2
+    shuffled = torch.as_tensor(np.concatenate([rng.permutation(half), rng.permutation(half) + half]))
+    answers = []
+    for token, values in zip(TOKENS, windows):
+        asked = [q for q in [*questions, *controls.values()] if q["variable"][0] == token]
+        pairs = []
+        for q in asked:
+            x = values[:, q["variable"][1]].cpu()
+            pairs.append((x[shuffled] if q["control"] else x, representations[q["block"], *q["representation"]]))
+        if pairs:
+            estimates = mutual_information(pairs, args, values.device)
+            answers += [q | dict(run=run, held_out=a, training=b) for q, a, b in zip(asked, *estimates)]
     return answers
 
 
 # ======================================================================================================================
 # Analysis: the models before and after fine-tuning
 # ======================================================================================================================
-def chosen_steps(args, context_length):
-    """The time steps of a window at which information is estimated; the last is always one of them."""
-    count = min(args.mine_steps or context_length, context_length)
-    return sorted({round(step) for step in np.linspace(context_length - 1, 0, count)})
+def choose_windows(data, context_length, args):
+    """Choose whole windows at random: for CKA, and for MINE as many again from other episodes to be held out."""
+    starts, ends = torch.arange(len(data.states)), data.episode_ends.cpu()
+    whole = starts + context_length <= ends
+    odd = torch.unique(ends, return_inverse=True)[1] % 2 == 1
+    rng, chosen = np.random.default_rng(args.seed), []
+    for pool, count in ((whole, args.cka_windows), (whole & ~odd, args.mine_windows), (whole & odd, args.mine_windows)):
+        if pool.sum() < count:
+            stop(f"The data set has {pool.sum()} whole windows, not {count}: lower --cka-windows or --mine-windows.")
+        chosen.append(torch.as_tensor(rng.choice(starts[pool], count, replace=False)).to(data.states.device))
+    return data.windows(chosen[0], context_length), data.windows(torch.cat(chosen[1:]), context_length)
 
 
-def same_question(checkpoints):
-    """Refuse models that cannot be shown the same windows; returns what they share."""
-    shared = {name: checkpoints[0]["args"][name] for name in ("env", "dataset", "context_length")}
-    for checkpoint in checkpoints[1:]:
-        for name, value in shared.items():
-            if checkpoint["args"][name] != value:
-                stop(f"the runs cannot be compared, their {name} differs: {value} and {checkpoint['args'][name]}.")
-    return shared
-
-
-def compare_layers(before, after, windows, args):
-    """Gram matrices of all layers at the last step's tokens: {("before" or "after", token): [layers, windows * windows]}."""
+def compare_layers(before, after, windows):
+    """Gram matrices of all layers at the last step: {("before" or "after", token): [layers, windows * windows]}."""
     last_step = [3 * windows[0].shape[1] + i for i in (-3, -2, -1)]
     grams = {}
-    for when, checkpoint in (("before", before), ("after", after)):
-        model = rebuild_model(checkpoint, args.device)
+    for when, model in (("before", before), ("after", after)):
         outputs = activations(model, windows, dict.fromkeys(layer_names(len(model.transformer.h)), last_step))
         for i, token in enumerate(TOKENS):
             grams[when, token] = gram_matrices([output[i] for output in outputs.values()])
     return grams
 
 
-def measure_information(checkpoint, windows, args, label):
+def measure_information(model, windows, args, steps, run):
     """Answer the paper's questions about one model."""
-    model, K = rebuild_model(checkpoint, args.device), windows[0].shape[1]
-    asked = questions(len(model.transformer.h), K, chosen_steps(args, K))
-    needed = {}
-    for block, (token, step) in sorted({(q["block"], q["representation"]) for q in asked}):
-        needed.setdefault(block, []).append((token, step))
-    wanted = {f"{b}.{BLOCK_OUTPUT}": [3 * step + TOKENS.index(token) for token, step in needed[b]] for b in needed}
-    outputs = activations(model, windows, wanted)
-    representations = {(b, *key): x for b, layer in zip(needed, wanted) for key, x in zip(needed[b], outputs.pop(layer))}
-    return answer(asked, windows, representations, args, label)
-
-
-def measure_information_in_data(windows, args):
-    """Answer the paper's questions about the data."""
-    K = windows[0].shape[1]
-    representations = {(None, "action", step): windows[2][:, step] for step in range(K)}
-    return answer(questions_of_data(chosen_steps(args, K)), windows, representations, args, "data")
+    questions = questions_about_model(len(model.transformer.h), windows[0].shape[1], steps)
+    needed = sorted({(q["block"], *q["representation"]) for q in questions})
+    wanted = {}
+    for block, token, step in needed:
+        wanted.setdefault(f"{block}.{BLOCK_OUTPUT}", []).append(3 * step + TOKENS.index(token))
+    outputs = itertools.chain(*activations(model, windows, wanted).values())
+    return answer(questions, windows, dict(zip(needed, outputs)), args, run)
 
 
 def analyse(folders, args):
-    """Analyse finished runs in float32, all on the same windows; returns one result per run and the answers about the data."""
-    pairs = []
-    for folder in folders:
-        last = len(read_records(folder, args.epochs or (0,))) - 1
-        pairs.append([load_checkpoint(folder, epoch) for epoch in args.epochs or (0, last)])
-    shared = same_question([after for _, after in pairs])
-    data_args = replace(args, env=shared["env"], dataset=shared["dataset"])
-    data = load_data(data_args, make_env(data_args, 1))
-    generator = torch.Generator().manual_seed(args.seed)
-    starts, odd = whole_windows(data, shared["context_length"])
-    cka_starts = choose(starts, args.cka_windows, generator, "CKA")
-    halves = [choose(starts[half], args.mine_windows, generator, "MINE") for half in (~odd, odd)]
-    cka_windows, mine_windows = (data.windows(s, shared["context_length"]) for s in (cka_starts, torch.cat(halves)))
-    in_data = measure_information_in_data(mine_windows, args) if args.mine_windows else []
+    """Analyse finished runs in float32, all on the same windows.
+
+    Returns one result per run, and the answers about mutual information in all of them and in the data.
+    """
+    runs = [read_run(folder) for folder in folders]
+    env, dataset, K = (getattr(runs[0][0], name) for name in ("env", "dataset", "context_length"))
+    if any((run_args.env, run_args.dataset, run_args.context_length) != (env, dataset, K) for run_args, _, _ in runs):
+        stop("The runs cannot be shown the same windows: --env, --dataset and --context-length must be equal.")
+    device = find_device(args)
+    data = OfflineData(runs[0][0], make_env(runs[0][0], 1), device)
+    cka_windows, mine_windows = choose_windows(data, K, args)
+    steps = sorted({round(step) for step in np.linspace(K - 1, 0, min(args.mine_steps or K, K))})
+    information = []
+    if args.mine_windows:
+        representations = {(None, "action", step): mine_windows[2][:, step].cpu() for step in steps}
+        information = answer(questions_about_data(steps), mine_windows, representations, args, "data")
     results = []
-    for folder, (before, after) in zip(folders, tqdm(pairs, desc="analysis", unit="model")):
-        trained_with = after["args"]
-        label = trained_with.get("member") or backbone_name(trained_with["backbone"])
-        result = dict(label=label, folder=str(folder), epochs=(before["epoch"], after["epoch"]), seed=trained_with["seed"])
-        result |= dict(shared, num_blocks=after["architecture"]["config"]["n_layer"])
-        result["grams"] = compare_layers(before, after, cka_windows, args) if args.cka_windows else None
-        result["information"] = measure_information(after, mine_windows, args, label) if args.mine_windows else []
+    for folder, (run_args, records, _) in zip(folders, tqdm(runs, desc="analysis", unit="model")):
+        epochs = args.epochs or (0, records[-1]["epoch"])
+        before, after = (load_model(folder / f"epoch_{epoch}.pt", device)[0] for epoch in epochs)
+        backbone, num_blocks = Path(run_args.backbone).name, len(after.transformer.h)
+        result = dict(run=folder.name, backbone=backbone, env=env, K=K, seed=run_args.seed, num_blocks=num_blocks)
+        result["sample"] = run_args.sample
+        result["grams"] = compare_layers(before, after, cka_windows) if args.cka_windows else None
+        if args.mine_windows:
+            information += measure_information(after, mine_windows, args, steps, folder.name)
         results.append(result)
-    labels = [r["label"] for r in results]
-    for r in results:
-        r["name"] = r["label"] if labels.count(r["label"]) == 1 else Path(r["folder"]).name
-    return results, in_data
+    return results, information
 
 
 # ======================================================================================================================
 # Figures
 # ======================================================================================================================
-MARKERS = {"return": "^", "state": "o", "action": "x"}
-DEPTHS = ("shallow", "middle", "deep")
-
-
-def title(results, args, what):
-    """What a figure shows, of which environment, K, seeds and epochs, and whether it is the sample."""
-    seeds = ", ".join(sorted({str(r["seed"]) for r in results}))
-    epochs = ", ".join(sorted({f"{before} and {after}" for before, after in (r["epochs"] for r in results)}))
-    of = f"{results[0]['env']}, K = {results[0]['context_length']}, seed {seeds}, epochs {epochs}{', bundled sample' * args.sample}"
-    return f"{what}\n{of}"
+def new_figure(results, what, width, height):
+    """An empty figure of `width` x `height` inches with `what` it shows of which environment, K and seeds as title."""
+    seeds = ", ".join(sorted({str(result["seed"]) for result in results}))
+    sample = ", bundled sample" * results[0]["sample"]
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(f"{results[0]['env']}, K = {results[0]['K']}, seed {seeds}{sample}: {what}")
+    return figure
 
 
 def similarity(result, token):
@@ -1472,60 +986,42 @@ def similarity(result, token):
 
 def plot_cka(results, args):
     """CKA of every layer before and after fine-tuning over depth, LayerNorms marked (section 5.1)."""
-    figure = new_figure(title(results, args, f"CKA before and after fine-tuning, {args.cka_windows} windows"), 15, 4.5)
-    num_blocks = min(r["num_blocks"] for r in results)
-    depth = (np.arange(num_blocks * len(LAYERS)) + 0.5) / (num_blocks * len(LAYERS))
-    norms = [i for i, name in enumerate(layer_names(num_blocks)) if ".ln_" in name]
+    figure = new_figure(results, f"CKA before and after fine-tuning, {args.cka_windows} windows", 15, 4.5)
+    num_blocks = min(result["num_blocks"] for result in results)
+    names = layer_names(num_blocks)
+    depth = (np.arange(len(names)) + 0.5) / len(names)
+    norms = [i for i, name in enumerate(names) if ".ln_" in name]
     for axes, token in zip(figure.subplots(1, 3, sharey=True), TOKENS):
-        for r in results:
-            values = align(similarity(r, token), num_blocks)
-            axes.plot(depth, values, color=COLORS[r["label"]], label=r["name"], marker=".", markersize=3, linewidth=1)
-            axes.plot(depth[norms], values[norms], "D", color=COLORS[r["label"]], markersize=5)
+        for result in results:
+            color = COLORS[result["backbone"]]
+            values = align(similarity(result, token), num_blocks)
+            axes.plot(depth, values, ".-", color=color, label=result["run"], linewidth=1)
+            axes.plot(depth[norms], values[norms], "D", color=color, markersize=5)
         axes.axhline(args.cka_threshold, color="black", linestyle="--", linewidth=0.8)
         axes.set(title=f"{token} token of the last step", xlabel="depth, 0 first layer, 1 last")
-        axes.set_ylim(min(0, axes.get_ylim()[0]), 1.03)
+    axes.plot([], [], "D", color="black", markersize=5, label="LayerNorm")
     figure.axes[0].set_ylabel("linear CKA, debiased")
-    figure.axes[0].plot([], [], "D", color="black", markersize=5, label="LayerNorm")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     return figure
-
-
-def heat_maps(results, token):
-    """CKA matrices (title, model in rows, model in columns, values): each before and after, the fine-tuned ones in pairs."""
-    panels = [(f"{r['name']}, {when}", r, r, when) for when in ("before", "after") for r in results]
-    panels += [(f"{a['name']} and {b['name']}, after", a, b, "after") for a, b in itertools.combinations(results, 2)]
-    return [
-        (heading, a["name"], b["name"], cka(a["grams"][when, token], b["grams"][when, token]).numpy())
-        for heading, a, b, when in panels
-    ]
 
 
 def plot_heat_maps(results, args, token):
-    """Draw `heat_maps`: rows and columns are layers in the order of computation (App. D)."""
-    maps, columns = heat_maps(results, token), max(len(results), 2)
-    rows = math.ceil(len(maps) / columns)
-    what = f"CKA of all layers with all layers, {token} token of the last step, {args.cka_windows} windows"
-    figure = new_figure(title(results, args, what), 4 * columns + 1, 3.8 * rows + 0.8)
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for unused in axes[len(maps) :]:
+    """CKA of all layers with all layers: of each model before and after, and between the fine-tuned ones (App. D)."""
+    panels = [(a, a, when) for when in ("before", "after") for a in results]
+    panels += [(a, b, "after") for a, b in itertools.combinations(results, 2)]
+    columns = max(len(results), 2)
+    rows = math.ceil(len(panels) / columns)
+    what = f"CKA of all layers, {token} token of the last step, {args.cka_windows} windows"
+    figure = new_figure(results, what, 4 * columns + 1, 3.8 * rows + 0.8)
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, (a, b, when) in zip(grid, panels):
+        values = cka(a["grams"][when, token], b["grams"][when, token])
+        image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", origin="lower")
+        axes.set(title=f"{when} fine-tuning", xlabel=f"layer of {b['run']}", ylabel=f"layer of {a['run']}")
+    for unused in grid[len(panels) :]:
         unused.set_axis_off()
-    for panel, (heading, in_rows, in_columns, values) in zip(axes, maps):
-        image = panel.imshow(values, vmin=0, vmax=1, cmap="viridis", origin="lower")
-        panel.set(title=heading, xlabel=f"layer of {in_columns}", ylabel=f"layer of {in_rows}")
-    figure.colorbar(image, ax=list(axes), label="linear CKA, debiased", shrink=0.5)
+    figure.colorbar(image, ax=list(grid), label="linear CKA, debiased", shrink=0.5)
     return figure
-
-
-def estimate_names(args):
-    """The two estimates by the name of their place in the answers, the one that the settings rely on first."""
-    names = {"held_out": "held-out windows", "training": "its own training windows"}
-    return dict(reversed(names.items())) if args.mine_paper_settings else names
-
-
-def with_settings(args, what):
-    settings = "the paper's settings" if args.mine_paper_settings else "MINE"
-    repeats = f"{args.mine_repeats} repeat{'s' * (args.mine_repeats > 1)}"
-    return f"{what}: {settings}, {args.mine_windows:,} windows, {args.mine_passes:,} passes, {repeats}"
 
 
 def select(answers, **properties):
@@ -1533,196 +1029,124 @@ def select(answers, **properties):
     return [a for a in answers if all(a[name] == value for name, value in properties.items())]
 
 
-def plot_information(results, args):
-    """Information over the position of the token, in three blocks: triangles return, circles state, crosses action (Fig. 2)."""
-    what = with_settings(args, "information of the representation about input X and label Y")
-    figure = new_figure(title(results, args, what), 14, 14)
-    grid = figure.subplots(4, 3, sharex=True, sharey="row")
-    last = results[0]["context_length"] - 1
-    rows = [(quantity, estimate) for quantity in ("I(X;T)", "I(Y;T)") for estimate in estimate_names(args)]
-    for panels, (quantity, estimate) in zip(grid, rows):
-        for r in results:
-            context = select(r["information"], analysis="context", quantity=quantity)
-            blocks, color = sorted({a["block"] for a in context}), COLORS[r["label"]]
-            for axes, block, depth in zip(panels, blocks, DEPTHS):
-                for token, marker in MARKERS.items():
-                    points = select(context, control=False, block=block, token=token)
-                    if not points:  # without context there is no action before the last one
-                        continue
-                    values = np.array([a[estimate] for a in points])  # [steps, repeats]
-                    style = dict(color=color, marker=marker, markersize=5, linewidth=0.6, elinewidth=0.8, capsize=2)
-                    axes.errorbar([a["step"] - last for a in points], values.mean(1), values.std(1), **style)
-                control = np.nanmean([a[estimate] for a in select(context, control=True, block=block)])
-                axes.axhline(control, color=color, linestyle="--", linewidth=1)
-                axes.set_title(f"{depth} block, read off {estimate_names(args)[estimate]}", fontsize="medium")
+def plot_information(results, information, estimate, settings):
+    """Information over the position of the token, in a shallow, a middle and a deep block (Fig. 2)."""
+    figure = new_figure(results, f"information about input X and label Y\n{settings}", 14, 8)
+    grid, last = figure.subplots(2, 3, sharex=True, sharey="row"), results[0]["K"] - 1
+    for panels, quantity in zip(grid, ("I(X;T)", "I(Y;T)")):
         panels[0].set_ylabel(f"{quantity}, nats")
+        for result in results:
+            answers = select(information, run=result["run"], analysis="context", quantity=quantity)
+            color = COLORS[result["backbone"]]
+            for axes, block in zip(panels, sorted({a["block"] for a in answers})):
+                for token, marker in dict(zip(TOKENS, "^ox")).items():
+                    points = select(answers, control=False, block=block, token=token)
+                    values = np.array([a[estimate] for a in points]).reshape(len(points), -1)  # [steps, repeats]
+                    steps = [a["step"] - last for a in points]
+                    style = dict(color=color, marker=marker, linewidth=0.6, label=f"{result['run']}, {token}")
+                    axes.errorbar(steps, values.mean(1), values.std(1), **style)
+                (control,) = select(answers, control=True, block=block)
+                axes.axhline(np.mean(control[estimate]), color=color, linestyle="--", linewidth=1)
+    for axes, depth in zip(grid[0], ("shallow", "middle", "deep")):
+        axes.set_title(f"{depth} block")
     for axes in grid[-1]:
         axes.set_xlabel("time step of the token, 0 the last")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    handles = [axes.plot([], [], color=COLORS[r["label"]], label=r["name"])[0] for r in results]
-    handles += [axes.plot([], [], marker, color="black", label=token)[0] for token, marker in MARKERS.items()]
-    handles += axes.plot([], [], "--", color="black", label="control: data shuffled")
-    figure.legend(handles=handles, loc="outside lower center", ncols=8, frameon=False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=9, frameon=False)
     return figure
 
 
-def plot_no_context(results, args):
+def plot_no_context(results, information, estimate, settings):
     """Information about the same step's state and action in every block, mean and spread over the steps (App. E)."""
-    what = with_settings(args, "information of T(s_t) about the same step's state and action")
-    figure = new_figure(title(results, args, what), 12, 8)
-    grid = figure.subplots(2, 2, sharex=True, sharey="col")
-    for panels, (estimate, description) in zip(grid, estimate_names(args).items()):
-        for axes, (quantity, formula) in zip(panels, {"I(X;T)": "I(s_t; T(s_t))", "I(Y;T)": "I(a_t; T(s_t))"}.items()):
-            for r in results:
-                answers, color = select(r["information"], analysis="no context", quantity=quantity), COLORS[r["label"]]
-                depth = (np.arange(r["num_blocks"]) + 0.5) / r["num_blocks"]
-                values = np.mean([a[estimate] for a in select(answers, control=False)], axis=1)
-                values = values.reshape(r["num_blocks"], -1)  # [blocks, steps]
-                mean, spread = np.nanmean(values, axis=1), np.nanstd(values, axis=1)
-                axes.plot(depth, mean, color=color, marker="o", markersize=4, label=r["name"])
-                axes.fill_between(depth, mean - spread, mean + spread, color=color, alpha=0.2, linewidth=0)
-                control = np.nanmean([a[estimate] for a in select(answers, control=True)])
-                axes.axhline(control, color=color, linestyle="--", linewidth=1)
-            axes.set(ylabel=f"{formula}, nats", title=f"read off {description}")
-    for axes in grid[-1]:
-        axes.set_xlabel("depth, 0 first block, 1 last")
-    axes.plot([], [], "--", color="black", label="control: data shuffled")
+    figure = new_figure(results, f"information about the same step\n{settings}", 12, 4.5)
+    formulas = {"I(X;T)": "I(s_t; T(s_t))", "I(Y;T)": "I(a_t; T(s_t))"}
+    for axes, (quantity, formula) in zip(figure.subplots(1, 2), formulas.items()):
+        for result in results:
+            answers = select(information, run=result["run"], analysis="no context", quantity=quantity)
+            color, num_blocks = COLORS[result["backbone"]], result["num_blocks"]
+            depth = (np.arange(num_blocks) + 0.5) / num_blocks
+            values = np.mean([a[estimate] for a in select(answers, control=False)], axis=1).reshape(num_blocks, -1)
+            axes.errorbar(depth, values.mean(1), values.std(1), color=color, marker="o", capsize=3, label=result["run"])
+            controls = np.mean([a[estimate] for a in select(answers, control=True)], axis=1)
+            axes.plot(depth, controls, "--", color=color, linewidth=1)
+        axes.set(ylabel=f"{formula}, nats", xlabel="depth, 0 first block, 1 last")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     return figure
 
 
-def plot_data_information(results, in_data, args):
+def plot_data_information(results, information, estimate, settings):
     """Information between action and state or return-to-go of the same step, one point per step (App. H.2)."""
-    figure = new_figure(title(results, args, with_settings(args, "information in the data itself")), 9, 4.5)
-    for axes, (estimate, description) in zip(figure.subplots(1, 2, sharey=True), estimate_names(args).items()):
-        for place, (quantity, formula) in enumerate({"I(s;a)": "I(s_t; a_t)", "I(R;a)": "I(R_t; a_t)"}.items(), start=1):
-            values = np.mean([a[estimate] for a in select(in_data, control=False, quantity=quantity)], axis=1)  # [steps]
-            axes.boxplot([values[np.isfinite(values)]], positions=[place], widths=0.3, tick_labels=[formula])
-            axes.plot(np.full(len(values), place), values, ".", color=COLORS["data"], markersize=4)
-            (control,) = select(in_data, control=True, quantity=quantity)
-            axes.hlines(np.mean(control[estimate]), place - 0.3, place + 0.3, color="black", linestyle="--", linewidth=1)
-        axes.set_title(f"read off {description}", fontsize="medium")
-    figure.axes[0].set_ylabel("nats (dashed: data shuffled)")
+    figure = new_figure(results, f"information in the data\n{settings}", 7, 4.5)
+    axes = figure.subplots()
+    for place, quantity in enumerate(("I(s;a)", "I(R;a)")):
+        values = [
+            np.mean(a[estimate]) for a in select(information, analysis="data", control=False, quantity=quantity)
+        ]  # [steps]
+        (control,) = select(information, analysis="data", control=True, quantity=quantity)
+        axes.boxplot([values], positions=[place], widths=0.3, tick_labels=[quantity])
+        axes.plot(np.full(len(values), place), values, ".", color=COLORS["other"])
+        axes.hlines(np.mean(control[estimate]), place - 0.3, place + 0.3, color="black", linestyle="--", linewidth=1)
+    axes.set_ylabel("nats")
     return figure
-
-
-def figures(results, in_data, args):
-    """All figures by name."""
-    found = {}
-    if args.cka_windows:
-        found["cka_before_after"] = plot_cka(results, args)
-        found |= {f"cka_heat_maps_{token}": plot_heat_maps(results, args, token) for token in TOKENS}
-    if args.mine_windows:
-        found["mutual_information"] = plot_information(results, args)
-        found["mutual_information_no_context"] = plot_no_context(results, args)
-        found["mutual_information_data"] = plot_data_information(results, in_data, args)
-    return found
-
-
-def above_threshold(result, token, threshold):
-    """Names of the layers that fine-tuning has changed least."""
-    return [name for name, value in zip(layer_names(result["num_blocks"]), similarity(result, token)) if value > threshold]
-
-
-def print_similarity(results, args):
-    """Print mean CKA before and after fine-tuning, and which layers are above the threshold."""
-    width = max(len(r["name"]) for r in results) + 2
-    what = f"layers above {args.cka_threshold:g}, LayerNorms among them"
-    print(f"\nCKA before and after fine-tuning, mean over layers ({what})")
-    print(" " * width + "".join(f"{token:>22}" for token in TOKENS))
-    for r in results:
-        above = {token: above_threshold(r, token, args.cka_threshold) for token in TOKENS}
-        counts = {token: f"({len(names)}, {sum('.ln_' in name for name in names)})" for token, names in above.items()}
-        cells = [f"{np.nanmean(similarity(r, token)):.3f} {counts[token]:>9}" for token in TOKENS]
-        print(r["name"].ljust(width) + "".join(f"{cell:>22}" for cell in cells))
-    for r in results:
-        kinds = [name.split(".", 1)[1] for name in above_threshold(r, "state", args.cka_threshold)]
-        counts = ", ".join(f"{kind} in {kinds.count(kind)}" for kind in LAYERS if kind in kinds)
-        print(f"{r['name']}, state token, of {r['num_blocks']} blocks above {args.cka_threshold:g}: {counts or 'none'}")
-
-
-def print_information(results, in_data, args):
-    """Print both estimates per model and block beside those of shuffled data, and how many estimators diverged."""
-
-    def cell(answers):
-        return " / ".join(f"{np.nanmean([a[estimate] for a in answers]):.2f}" for estimate in estimate_names(args))
-
-    width = max(len(r["name"]) for r in results) + 2
-    print("\n" + with_settings(args, "Information in nats") + "; read off " + " / ".join(estimate_names(args).values()))
-    print(" " * (width + 8) + "".join(f"{name:>16}" for name in (*DEPTHS, "data shuffled")))
-    for r in results:
-        for quantity in ("I(X;T)", "I(Y;T)"):
-            context = select(r["information"], analysis="context", quantity=quantity)
-            cells = [cell(select(context, control=False, block=block)) for block in sorted({a["block"] for a in context})]
-            cells.append(cell(select(context, control=True)))
-            print(r["name"].ljust(width) + quantity.ljust(8) + "".join(f"{text:>16}" for text in cells))
-    for quantity in ("I(s;a)", "I(R;a)"):
-        value, control = (cell(select(in_data, control=control, quantity=quantity)) for control in (False, True))
-        print(f"in the data, {quantity}: {value}, data shuffled {control}")
-    answers = [a for r in results for a in r["information"]] + in_data
-    missing = sum(int(np.isnan([a["held_out"], a["training"]]).any(axis=0).sum()) for a in answers)
-    print(f"{missing} of {len(answers) * args.mine_repeats} estimators diverged and are missing.")
 
 
 # ======================================================================================================================
 # Experiment
 # ======================================================================================================================
-def check(args):
-    """Refuse what only this script has and cannot work, before anything is trained; returns the arguments resolved."""
-    if args.mine_paper_settings:
-        args = replace(args, mine_windows=100, mine_batch_size=50, mine_passes=1000)
-    if args.epochs and len(args.epochs) != 2:
-        stop(f"--epochs takes the two epochs to compare, such as 0 40, but has {len(args.epochs)}.")
-    if 0 < args.cka_windows < 4 or args.cka_windows < 0:
-        stop("--cka-windows must be at least 4, which the debiased estimator needs, or 0 to leave CKA out.")
-    if args.mine_windows < 0 or min(args.mine_batch_size, args.mine_passes, args.mine_repeats, args.mine_group) < 1:
-        stop("--mine-batch-size, --mine-passes, --mine-repeats and --mine-group must be at least 1, --mine-windows at least 0.")
-    if 0 < args.mine_windows < args.mine_batch_size or args.mine_steps is not None and args.mine_steps < 1:
-        stop("--mine-windows must not be below --mine-batch-size (0 leaves MINE out), and --mine-steps must be at least 1.")
-    if not args.cka_windows and not args.mine_windows:
-        stop("with --cka-windows 0 and --mine-windows 0 nothing is left to analyse.")
-    check_epochs(args)
-    if args.runs:
-        same_question([load_checkpoint(Path(folder), (args.epochs or (0,))[-1]) for folder in args.runs])
-    return args
-
-
-def numbers(results, in_data, args):
-    """Every number that a figure shows, but for the heat maps."""
-    runs = []
-    for r in results:
-        run = {name: value for name, value in r.items() if name != "grams"}
-        if args.cka_windows:
-            run["layers"] = layer_names(r["num_blocks"])
-            run["cka"] = {token: similarity(r, token) for token in TOKENS}
-            run["above_threshold"] = {token: above_threshold(r, token, args.cka_threshold) for token in TOKENS}
-        runs.append(run)
-    return dict(args=asdict(args), runs=runs, data=in_data)
+@dataclass
+class Run(Args):  # the arguments of one training run of the study
+    backbone: str = "gpt2"
 
 
 if __name__ == "__main__":
-    args, study = open_study(parse_arguments())
-    args = check(args)
-    runs = {} if args.runs else {Path(backbone).name: run_args(args, backbone) for backbone in args.backbones}
-    analysis_args = resolve(replace(args, precision="fp32"))
-    with process_group(), explained(analysis_args):
-        for name, arguments in runs.items():
-            train(arguments, study / name)
-        if RANK == 0:
-            folders = [study / name for name in runs] or [Path(folder) for folder in args.runs]
-            print(f"\nthe analysis follows; by itself: python {SCRIPT}.py --runs {' '.join(map(str, folders))}")
-            warnings.filterwarnings("ignore", "Mean of empty slice|Degrees of freedom")  # where every estimate is missing
-            results, in_data = analyse(folders, analysis_args)
-            study.mkdir(parents=True, exist_ok=True)
-            save_json(study / "results.json", numbers(results, in_data, args))
-            for name, figure in figures(results, in_data, args).items():
-                save_figure(figure, study, name, max(r["epochs"][1] for r in results))
-            if args.cka_windows:
-                matrices = {f"{token}: {m[0]}": m[-1] for token in TOKENS for m in heat_maps(results, token)}
-                save(study / "cka.npz", lambda file: np.savez(file, **matrices))
-                print_similarity(results, args)
-            if args.mine_windows:
-                print_information(results, in_data, args)
-            print(
-                f"\n{study}: results.json, {'cka.npz ' * bool(args.cka_windows)}and the figures; or: tensorboard --logdir runs"
-            )
+    args, folder = parse_arguments()
+    if args.mine_paper_settings:
+        args = replace(args, mine_windows=100, mine_batch_size=50, mine_passes=1000)
+    if len(args.epochs) not in (0, 2) or (not args.runs and max(args.epochs, default=0) > args.num_epochs):
+        stop(f"--epochs takes the two epochs to compare, none beyond the last, but is {args.epochs}.")
+    if args.cka_windows in (1, 2, 3) or min(args.cka_windows, args.mine_windows) < 0:
+        stop("--cka-windows must be at least 4, which the debiased estimator needs; it and --mine-windows may be 0.")
+    if (
+        min(args.mine_batch_size, args.mine_repeats, args.mine_group) < 1
+        or 0 < args.mine_windows < args.mine_batch_size
+    ):
+        stop("--mine-batch-size, --mine-repeats and --mine-group start at 1, --mine-windows at --mine-batch-size.")
+    args.save_epochs = (0, *args.save_epochs, *args.epochs)
+    folders = [Path(run) for run in args.runs]
+    try:
+        for backbone in args.backbones if not args.runs else ():
+            folders.append(folder / Path(backbone).name)
+            train(Run(**asdict(args), backbone=backbone), folders[-1])
+    except KeyboardInterrupt:
+        stop(f"Interrupted; go on with: python {SCRIPT}.py --resume {folder}", status=130)
+    if RANK > 0:
+        sys.exit()
+
+    results, information = analyse(folders, args)
+    figures, cka_rows, mine_rows = {}, [], []
+    if args.cka_windows:
+        figures["cka_before_after"] = plot_cka(results, args)
+        figures |= {f"cka_heat_maps_{token}": plot_heat_maps(results, args, token) for token in TOKENS}
+        for result, token in itertools.product(results, TOKENS):
+            layers = dict(zip(layer_names(result["num_blocks"]), similarity(result, token)))
+            above = [name for name, value in layers.items() if value > args.cka_threshold]
+            row = dict(run=result["run"], token=token, mean_cka=np.nanmean(list(layers.values())), layers=layers)
+            row |= dict(layers_above=len(above), layer_norms_above=sum(".ln_" in name for name in above))
+            cka_rows.append(row)
+        print(f"\nCKA before and after fine-tuning; layers above {args.cka_threshold:g}, LayerNorms among them")
+        print_table(cka_rows, dict(run="", token="", mean_cka=".3f", layers_above="d", layer_norms_above="d"))
+    if args.mine_windows:
+        estimate, read_off = ("training", "training") if args.mine_paper_settings else ("held_out", "held-out")
+        settings = f"MINE, {args.mine_windows} windows, {args.mine_passes} passes, {read_off}; dashed: data shuffled"
+        for plot in (plot_information, plot_no_context, plot_data_information):
+            figures[plot.__name__.removeprefix("plot_")] = plot(results, information, estimate, settings)
+        for run, analysis, quantity in dict.fromkeys((a["run"], a["analysis"], a["quantity"]) for a in information):
+            key = dict(run=run, analysis=analysis, quantity=quantity)
+            answers, controls = (select(information, **key, control=control) for control in (False, True))
+            means = {name: np.nanmean([a[name] for a in answers]) for name in ("held_out", "training")}
+            mine_rows.append(key | means | dict(shuffled=np.nanmean([a[estimate] for a in controls])))
+        print("\nMutual information in nats, mean over blocks and steps")
+        print_table(mine_rows, dict(run="", analysis="", quantity="", held_out=".3f", training=".3f", shuffled=".3f"))
+    for name, figure in figures.items():
+        save_figure(figure, folder / f"{name}.png", args.num_epochs)
+    save_json(folder / "results.json", dict(cka=cka_rows, mutual_information=information))
+    print(f"{folder}: results.json and {len(figures)} figures; or: tensorboard --logdir runs")

@@ -1,35 +1,41 @@
-"""Fine-tune without context (K = 1), replace single blocks, and measure how far attention reaches.
+"""Fine-tune without context: how well does a Decision Transformer do that sees only the current step?
 
-    python dt_no_context.py --sample                                          # bundled inputs, two minutes on two CPU cores
-    python dt_no_context.py --backbone gpt2 --env Hopper-v4 --compare runs/EARLIER_RUN
-    python dt_no_context.py --backbone gpt2 --env Hopper-v4 --num-epochs 10 --replace-blocks all
+    python dt_no_context.py --sample                                                # bundled inputs, two CPU cores
+    python dt_no_context.py --backbone gpt2 --env Hopper-v4 --compare runs/EARLIER  # K = 20 beside K = 1 (Fig. 8)
+    python dt_no_context.py --backbone gpt2 --env Hopper-v4 --num-epochs 10 --replace-blocks all    # section 5.6.1
 
 Paper: S. Takagi, "On the Effect of Pre-training for Transformer in Different Modality on Offline Reinforcement
-Learning", NeurIPS 2022, https://arxiv.org/abs/2211.09817 (sections 5.5 and 5.6, Table 2, Fig. 8). The sections between
-Defaults and Run, but for Starting point, are those of dt_pretrained.py; what is particular to this question is Starting
-point, Attention distance, Figures and Experiment.
+Learning", NeurIPS 2022, https://arxiv.org/abs/2211.09817 (sections 5.5 and 5.6, Table 2).
 """
 
-import contextlib
-import errno
+import itertools
 import json
 import math
 import os
-import signal
 import sys
 import time
 import warnings
-from collections import defaultdict, namedtuple
+from collections import OrderedDict, defaultdict
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
+import gymnasium as gym
+import h5py
+import minari
+import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
@@ -46,11 +52,11 @@ class Args:
     """gpt2, igpt, igpt-as-gpt2 (the released code's way of loading ImageGPT), random (1 head, ReLU, as in the paper),
     random-gpt2 (GPT-2's architecture), any hub id of a GPT-2 or ImageGPT checkpoint, or a local folder of one"""
     env: str = "Hopper-v4"
-    """gymnasium environment: Hopper, HalfCheetah or Walker2d, -v4 or -v5; another one needs --dataset and --target-return"""
+    """gymnasium environment: Hopper, HalfCheetah or Walker2d, -v4 or -v5; others need --dataset and --target-return"""
     dataset: str | None = None
-    """Minari id, folder of a Minari data set, or D4RL .hdf5 file; if not given, mujoco/{hopper,halfcheetah,walker2d}/medium-v0"""
+    """Minari id, or D4RL .hdf5 file; if not given, mujoco/{hopper,halfcheetah,walker2d}/medium-v0"""
     sample: bool = False
-    """run on the small bundled data and backbones, every size that is not set chosen for two minutes on two CPU cores"""
+    """run on the small bundled data and backbones, every size that is not set chosen for two CPU cores"""
 
     context_length: int = 1
     """K, the number of time steps that the model sees"""
@@ -63,31 +69,17 @@ class Args:
     warmup_steps: int = 5000
     """training steps over which the learning rate rises linearly"""
     dropout: float = 0.2
-    """dropout on the residual branches"""
-    attention_dropout: float = 0.1
-    """dropout on the attention weights"""
-    embedding_dropout: float = 0.1
-    """dropout on the backbone's input"""
+    """dropout on the residual branches; on attention weights and on the backbone's input it is at most 0.1"""
     max_grad_norm: float = 0.25
     """gradients longer than this are shortened to it; 0 switches clipping off (App. G.3)"""
     num_epochs: int = 40
     """epochs, each followed by an evaluation"""
     steps_per_epoch: int = 2500
     """training steps per epoch"""
-
     num_eval_episodes: int = 100
     """episodes per evaluation"""
     target_return: float | None = None
     """return the model is asked for; if not given, Hopper 3600, HalfCheetah 6000, Walker2d 5000"""
-
-    n_layer: int | None = None
-    """blocks of a random backbone; if not given, 12"""
-    n_head: int | None = None
-    """attention heads of a random backbone; if not given, random 1, random-gpt2 12"""
-    n_embd: int | None = None
-    """width of a random backbone; if not given, 768"""
-    activation: Literal["relu", "gelu", "gelu_new", "quick_gelu"] | None = None
-    """activation of a random backbone; if not given, random relu, random-gpt2 gelu_new"""
 
     seed: int = 666
     """fixes initial weights, windows, dropout and evaluation episodes"""
@@ -97,143 +89,231 @@ class Args:
     """of matrix products, weights are always float32; auto is bf16 where the device computes with it"""
     save_epochs: tuple[int, ...] = (0, 1, 4)
     """epochs after which a checkpoint is kept, 0 being before training; the last is always kept"""
-    capture_video: bool = False
-    """record one evaluation episode of the best and of the last model, best.gif and last.gif in the run folder"""
     run_name: str | None = None
     """folder under runs/; if not given, {env}__{script}__{backbone}__{seed}__{time}"""
     resume: str | None = None
-    """run folder to go on with; its arguments hold, but for --num-epochs, --save-epochs, --capture-video and --device"""
+    """run folder to go on with; its arguments hold, only --num-epochs may be given anew"""
 
     compare: tuple[str, ...] = ()
-    """folders of finished runs of this script or of dt_pretrained.py to draw and list beside this one"""
+    """folders of runs of this script or of dt_pretrained.py to draw and list beside this one"""
     replace_blocks: tuple[int | Literal["all"], ...] = ()
-    """train a random model with this block taken from --backbone; several or all: one run after the other (section 5.6.1)"""
-    attention_epochs: tuple[int, ...] | None = None
-    """epochs after which attention distances are measured, the first is what the others are compared with; if not given,
-    0 and 4, or the last if there are fewer"""
+    """train a random model with this block of --backbone in it; several or all: one run each (section 5.6.1)"""
+    attention_epochs: tuple[int, ...] = (0, 4)
+    """epochs after which attention distances are measured, the first being what the others are compared with"""
     attention_windows: int = 100
-    """windows of 20 steps that attention distances are measured on; 0 for none"""
-    member: tyro.conf.Suppress[str] = ""
-    """which run of a block replacement this is; set by the script"""
+    """windows of 20 steps on which attention distances are measured; 0 for none"""
 
 
 # What --sample changes where the user did not say otherwise.
-SAMPLE = Args(
-    sample=True, batch_size=64, learning_rate=5e-4, warmup_steps=400, num_epochs=6, steps_per_epoch=500, num_eval_episodes=8,
-    save_epochs=(0, 1),
-)  # fmt: skip
+SAMPLE = dict(learning_rate=5e-4, warmup_steps=400, num_epochs=6, steps_per_epoch=500, num_eval_episodes=8)
 
 
 # ======================================================================================================================
-# Defaults: what depends on the environment, the device and the other arguments
+# Helpers: what is not given, what goes wrong, what is written
 # ======================================================================================================================
-# What the study fixes per environment; D4RL's returns of a random policy and of an expert give the normalized score.
-Task = namedtuple("Task", "dataset target_return random_return expert_return")
+# Per environment: data set, the return that is asked for, and D4RL's returns of a random policy and of an expert.
 TASKS = {
-    "Hopper": Task("mujoco/hopper/medium-v0", 3600, -20.272305, 3234.3),
-    "HalfCheetah": Task("mujoco/halfcheetah/medium-v0", 6000, -280.178953, 12135.0),
-    "Walker2d": Task("mujoco/walker2d/medium-v0", 5000, 1.629008, 4592.3),
+    "Hopper": ("mujoco/hopper/medium-v0", 3600, -20.272305, 3234.3),
+    "HalfCheetah": ("mujoco/halfcheetah/medium-v0", 6000, -280.178953, 12135.0),
+    "Walker2d": ("mujoco/walker2d/medium-v0", 5000, 1.629008, 4592.3),
 }
-RETURN_SCALE = 1000  # returns-to-go are divided by this before they enter the model
+COLORS = defaultdict(lambda: "#CC79A7", {"random": "#555555", "random-gpt2": "#009E73"})  # Okabe and Ito's palette
+COLORS |= {"gpt2": "#0072B2", "igpt": "#D55E00", "igpt-as-gpt2": "#E69F00"}
 
 
-def stop(message):
-    """End the program with one sentence on stderr and exit status 2: the user can put this right."""
-    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, also beside a progress bar
-    raise SystemExit(2)
+def stop(message, status=2):
+    """End the program with one sentence on stderr: this, the user can put right."""
+    tqdm.write(message, file=sys.stderr)  # on a line of its own, also beside a progress bar
+    raise SystemExit(status)
 
 
-def resolve(args):
-    """Fill in what depends on other arguments and refuse what cannot work."""
-    env_name = args.env.rsplit("-v", 1)[0]
-    task, bundled = TASKS.get(env_name), ASSETS / f"{env_name.lower()}-medium"
-    if task is None and None in (args.dataset, args.target_return):
-        stop(f"{args.env} is not one of the study's environments ({', '.join(TASKS)}): give --dataset and --target-return.")
-    least = dict(context_length=1, batch_size=1, num_epochs=1, steps_per_epoch=1, num_eval_episodes=1)
-    least |= dict(learning_rate=0, weight_decay=0, warmup_steps=0, max_grad_norm=0)
-    least |= dict(dropout=0, attention_dropout=0, embedding_dropout=0)
-    for name, bound in least.items():
-        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
-        if not bound <= value < (1 if "dropout" in name else math.inf):
-            stop(f"{flag} must be at least {bound}{' and below 1' if 'dropout' in name else ''}, but is {value}.")
-    if args.batch_size % WORLD_SIZE or args.num_eval_episodes < WORLD_SIZE:
-        stop(f"--batch-size must be a multiple of the {WORLD_SIZE} processes, and --num-eval-episodes not below it.")
-
-    args.dataset = args.dataset or (str(bundled) if args.sample else task.dataset)
-    args.dataset = str(Path(args.dataset).resolve()) if Path(args.dataset).exists() else args.dataset
-    args.target_return = task.target_return if args.target_return is None else args.target_return
-    if args.device == "cuda" or args.device == "auto" and torch.cuda.is_available():
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    args.device = "cpu" if args.device == "auto" else args.device
+@contextmanager
+def or_stop(message):
+    """Whatever the libraries raise in this context ends the program with `message` and the first line of the reason."""
     try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        stop(f"--device {args.device} cannot be used here ({first_line(error)}); try --device cpu.")
-    if args.precision == "auto":
-        on_cpu = torch.cpu.get_capabilities()  # without these instructions bf16 is slower than float32
-        has_bf16 = on_cpu.get("avx512_bf16") or on_cpu.get("amx_bf16") if args.device == "cpu" else args.device != "mps"
-        args.precision = "bf16" if has_bf16 else "fp32"
-
-    architecture = ("n_layer", "n_head", "n_embd", "activation")
-    if args.backbone in ("random", "random-gpt2"):
-        n_layer, n_head, n_embd = (4, 4, 128) if args.sample else (12, 12, 768)
-        defaults = (n_layer, 1, n_embd, "relu") if args.backbone == "random" else (n_layer, n_head, n_embd, "gelu_new")
-        for name, default in zip(architecture, defaults):
-            setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
-        if min(args.n_layer, args.n_head, args.n_embd) < 1 or args.n_embd % args.n_head:
-            stop(f"--n-embd {args.n_embd} must be a positive multiple of --n-head {args.n_head}, and --n-layer positive.")
-    elif any(getattr(args, name) is not None for name in architecture) and not getattr(args, "replace_blocks", None):
-        stop("--n-layer, --n-head, --n-embd and --activation are for the random backbones; a checkpoint brings its own.")
-    elif Path(args.backbone).is_dir():
-        args.backbone = str(Path(args.backbone).resolve())
-    if args.run_name is None:
-        parts = (args.env, SCRIPT, backbone_name(args.backbone), args.seed, int(time.time()))
-        args.run_name = "__".join(map(str, parts)).replace("/", "--")
-    return args
+        yield
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        stop(f"{message} ({type(error).__name__}: {reason}).")
 
 
-def backbone_name(backbone):
-    return Path(backbone).name if os.path.isabs(backbone) else backbone
+def parse_arguments():
+    """Return the arguments and the run folder; what is not given is the sample's, or that of the run to resume."""
+    args = tyro.cli(Args, description=__doc__)
+    if args.resume:
+        with or_stop(f"{args.resume} cannot be resumed, it has no args.json of {SCRIPT}.py"):
+            before = json.loads(Path(args.resume, "args.json").read_text())
+            before = Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in before.items()})
+        args = tyro.cli(Args, default=before)
+        if replace(args, num_epochs=before.num_epochs, resume=None) != before:
+            stop("A run is resumed with the arguments that it was started with, only --num-epochs may be given anew.")
+    elif args.sample:
+        args = tyro.cli(Args, default=Args(sample=True, **SAMPLE))
+
+    for name in ("context_length", "batch_size", "num_epochs", "steps_per_epoch", "num_eval_episodes"):
+        if getattr(args, name) < 1:
+            stop(f"--{name.replace('_', '-')} must be at least 1, but is {getattr(args, name)}.")
+    env_name = args.env.rsplit("-v", 1)[0]
+    if env_name not in TASKS and None in (args.dataset, args.target_return):
+        stop(f"{args.env} is not one of {', '.join(TASKS)}: give --dataset and --target-return.")
+    args.dataset = args.dataset or (f"sample/{env_name.lower()}/medium-v0" if args.sample else TASKS[env_name][0])
+    if args.target_return is None:
+        args.target_return = TASKS[env_name][1]
+    backbone = Path(getattr(args, "backbone", "study")).name
+    args.run_name = args.run_name or f"{args.env}__{SCRIPT}__{backbone}__{args.seed}__{int(time.time())}"
+    folder = Path(args.resume or f"runs/{args.run_name}")
+    if not args.resume and list(folder.rglob("latest.pt")):
+        stop(f"{folder} holds a run already; choose another --run-name, or go on with it by --resume {folder}.")
+    args.resume = None
+    if RANK == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_json(folder / "args.json", asdict(args))
+    return args, folder
 
 
-def first_line(error):
-    """Class and first line of an exception's text, without a closing full stop."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].rstrip('.') if lines else 'no details'}"
+def save(path, write):
+    """Let `write` fill a temporary file and move it to `path`, which so appears whole or not at all."""
+    temporary = path.with_name("." + path.name)
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def save_json(path, content):
+    text = json.dumps(content, indent=1, default=lambda array: array.tolist())
+    save(path, lambda temporary: temporary.write_text(text + "\n"))
+
+
+def read_run(folder):
+    """Return the arguments of the run in `folder`, its records per epoch and its history."""
+    with or_stop(f"{folder} is no folder of a run"):
+        summary = json.loads(Path(folder, "summary.json").read_text())
+        return SimpleNamespace(**summary["args"]), summary["epochs"], summary["history"]
+
+
+def save_figure(figure, path, step):
+    """Write a matplotlib figure as a PNG, and as a TensorBoard image into the same folder."""
+    save(path, partial(figure.savefig, dpi=120))
+    with SummaryWriter(path.parent) as writer:
+        writer.add_figure(path.stem, figure, step)
+
+
+def print_table(rows, formats):
+    """Print rows [list of dicts] as a table; `formats` are its columns and how they are printed, nan as -."""
+    lines = [list(formats)]
+    for row in rows:
+        lines.append([format(row[name], form) if row[name] == row[name] else "-" for name, form in formats.items()])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
+
+
+# ======================================================================================================================
+# Environment and data
+# ======================================================================================================================
+RETURN_SCALE = 1000  # returns-to-go are divided by this before they enter the model
+warnings.filterwarnings("ignore", message=".*is out of date.*")  # -v4 is what the paper used
+# HalfCheetah's model file sets off a deprecation warning for every copy; anything else should be seen.
+mujoco.set_mju_user_warning(lambda text: "deprecated" in text or print(f"mujoco: {text}", file=sys.stderr))
+
+
+def make_env(args, num_copies, **options):
+    """Return a gymnasium vector environment with `num_copies` of `args.env`."""
+    with or_stop(f"the environment {args.env} cannot be used"):
+        env = gym.make_vec(args.env, num_copies, vectorization_mode="sync", **options)
+        space = env.single_action_space
+        assert (np.abs([space.low, space.high]) == 1).all(), f"its actions are {space}, the model's are from -1 to 1"
+    return env
+
+
+def read_d4rl(path):
+    """Return the episodes of a D4RL file: a list of (observations [T, state_dim], actions [T, act_dim], rewards [T]).
+
+    An episode ends where `terminals` or `timeouts` is set. The steps after the last end belong to an episode that was
+    never finished and are left out, as in can-wikipedia-help-offline-rl, data/download_d4rl_datasets.py.
+    """
+    with h5py.File(path) as file:
+        columns = [file[name][()] for name in ("observations", "actions", "rewards", "terminals", "timeouts")]
+    assert len({len(column) for column in columns}) == 1, "its columns differ in length"
+    ends = np.flatnonzero(columns[3].astype(bool) | columns[4].astype(bool)) + 1
+    return list(zip(*(np.split(column, ends)[:-1] for column in columns[:3])))
+
+
+def read_minari(dataset):
+    """Return what `read_d4rl` does from a Minari data set, which is downloaded if it is not there."""
+    bundled = ASSETS / "minari" / dataset / "data"
+    data = minari.MinariDataset(bundled) if bundled.exists() else minari.load_dataset(dataset, download=True)
+    return [(e.observations[: len(e.actions)], e.actions, e.rewards) for e in data.iterate_episodes()]
+
+
+class OfflineData:
+    """The N transitions of `args.dataset`, one episode after the other. A batch of windows is an index lookup."""
+
+    def __init__(self, args, env, device):
+        takes = "a D4RL .hdf5 file, or a Minari id that is under MINARI_DATASETS_PATH or on the server; or try --sample"
+        with or_stop(f"--dataset {args.dataset} cannot be used, it takes {takes}"):
+            episodes = (read_d4rl if args.dataset.endswith(".hdf5") else read_minari)(args.dataset)
+            lengths = np.array([len(rewards) for _, _, rewards in episodes])
+            assert lengths.min(initial=1) > 0 and len(lengths), "it has no episode, or one without a step"
+            for observations, actions, rewards in episodes:
+                assert len(observations) == len(actions) == len(rewards), "its columns differ in length"
+            columns = [np.concatenate(column, dtype=np.float32, casting="same_kind") for column in zip(*episodes)]
+            assert all(np.isfinite(column).all() for column in columns), "it has non-finite numbers"
+            states, actions, rewards = columns
+            for x, space in ((states, env.single_observation_space), (actions, env.single_action_space)):
+                assert x.shape[1:] == space.shape, f"it has dimensions {x.shape[1:]}, {args.env} has {space.shape}"
+
+        ends = np.cumsum(lengths)
+        returns_to_go = [r[::-1].cumsum(dtype=np.float64)[::-1] for r in np.split(rewards, ends[:-1])]  # undiscounted
+        timesteps = [np.arange(length) for length in lengths]
+        mean, std = states.mean(0, dtype=np.float64), states.std(0, dtype=np.float64) + 1e-6
+        tensor = partial(torch.as_tensor, device=device, dtype=torch.float32)
+        self.state_mean, self.state_std = tensor(mean), tensor(std)  # [state_dim]
+        self.states = tensor((states - mean) / std)  # [N, state_dim]
+        self.actions = tensor(actions)  # [N, act_dim]
+        self.returns_to_go = tensor(np.concatenate(returns_to_go)[:, None] / RETURN_SCALE)  # [N, 1]
+        self.timesteps = torch.as_tensor(np.concatenate(timesteps), device=device)  # [N], since the episode's start
+        self.episode_ends = torch.as_tensor(np.repeat(ends, lengths), device=device)  # [N], after its last transition
+
+    def windows(self, starts, context_length):
+        """Cut one window of K steps from each start [batch]; steps past the end of the episode are zeros.
+
+        Returns returns_to_go [batch, K, 1], states, actions, timesteps [batch, K] and the mask of valid steps, as long.
+        """
+        index = starts.unsqueeze(1) + torch.arange(context_length, device=starts.device)
+        valid = index < self.episode_ends[starts].unsqueeze(1)
+        index = torch.where(valid, index, 0)
+        parts = [x[index] * valid.unsqueeze(-1) for x in (self.returns_to_go, self.states, self.actions)]
+        return *parts, self.timesteps[index] * valid, valid
 
 
 # ======================================================================================================================
 # Model: a GPT that can be a GPT-2 and an ImageGPT, and the Decision Transformer around it
 # ======================================================================================================================
-@dataclass(frozen=True)
-class GPTConfig:
-    """Architecture of a backbone. `layer_norm` is "gpt2" or "imagegpt"."""
-
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    n_inner: int = 3072
-    activation: str = "gelu_new"
-    layer_norm: str = "gpt2"
-    layer_norm_epsilon: float = 1e-5
-    scale_attn_weights: bool = True
-    scale_attn_by_inverse_layer_idx: bool = False
-    resid_dropout: float = 0.2
-    attn_dropout: float = 0.1
-    embd_dropout: float = 0.1
-
-
 class QuickGELU(nn.Module):
     def forward(self, x):
         return x * torch.sigmoid(1.702 * x)
 
 
+GELU_TANH = partial(nn.GELU, approximate="tanh")
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "gelu_new": GELU_TANH, "quick_gelu": QuickGELU}
 LAYER_NORMS = {"gpt2": nn.LayerNorm, "imagegpt": nn.RMSNorm}  # ImageGPT subtracts no mean and has no bias
-ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "gelu_new": lambda: nn.GELU(approximate="tanh"), "quick_gelu": QuickGELU}
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """Architecture of one block; a GPT is a list of these."""
+
+    n_embd: int
+    n_head: int
+    n_inner: int
+    activation: str
+    layer_norm: str = "gpt2"
+    epsilon: float = 1e-5  # of the LayerNorms
+    dropout: float = 0.0
 
 
 class Conv1D(nn.Module):
-    """A linear layer with its weight stored [in, out], as in the checkpoints. Starts at N(0, 0.02), bias 0."""
+    """A linear layer with its weight stored [in, out], as in the checkpoints."""
 
     def __init__(self, n_in, n_out):
         super().__init__()
@@ -241,71 +321,41 @@ class Conv1D(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n_out))
 
     def forward(self, x):
-        return torch.addmm(self.bias, x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
+        return x @ self.weight + self.bias
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention; [batch, tokens, width] to the same."""
+    """Causal multi-head self-attention, [batch, tokens, width] to the same."""
 
-    def __init__(self, config, block_index):
+    def __init__(self, config):
         super().__init__()
-        self.n_head = config.n_head
-        self.scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
-        if config.scale_attn_by_inverse_layer_idx:
-            self.scale /= block_index + 1
-        self.attn_dropout = config.attn_dropout
+        self.n_head, self.attention_dropout = config.n_head, min(0.1, config.dropout)
         self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
-        self.resid_dropout = nn.Dropout(config.resid_dropout)
+        self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        # each [batch, heads, tokens, width / heads]
-        query, key, value = (y.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for y in self.c_attn(x).chunk(3, dim=-1))
-        dropout = self.attn_dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=self.scale)
+        query, key, value = self.c_attn(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
+        dropout = self.attention_dropout * self.training
+        y = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
 
 
-class MLP(nn.Module):
+class Block(nn.Module):
+    """Attention and MLP, each after a LayerNorm and beside a residual connection; named as in the checkpoints."""
+
     def __init__(self, config):
         super().__init__()
-        self.c_fc = Conv1D(config.n_embd, config.n_inner)
-        self.act = ACTIVATIONS[config.activation]()
-        self.c_proj = Conv1D(config.n_inner, config.n_embd)
-        self.dropout = nn.Dropout(config.resid_dropout)
-
-    def forward(self, x):
-        return self.dropout(self.c_proj(self.act(self.c_fc(x))))
-
-
-class Block(nn.Module):
-    def __init__(self, config, block_index):
-        super().__init__()
-        layer_norm = LAYER_NORMS[config.layer_norm]
-        self.ln_1 = layer_norm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.attn = Attention(config, block_index)
-        self.ln_2 = layer_norm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.mlp = MLP(config)
+        self.ln_1 = LAYER_NORMS[config.layer_norm](config.n_embd, eps=config.epsilon)
+        self.attn = Attention(config)
+        self.ln_2 = LAYER_NORMS[config.layer_norm](config.n_embd, eps=config.epsilon)
+        c_fc, c_proj = Conv1D(config.n_embd, config.n_inner), Conv1D(config.n_inner, config.n_embd)
+        act, dropout = ACTIVATIONS[config.activation](), nn.Dropout(config.dropout)
+        self.mlp = nn.Sequential(OrderedDict(c_fc=c_fc, act=act, c_proj=c_proj, dropout=dropout))
 
     def forward(self, x):
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
-
-
-class GPT(nn.Module):
-    """Blocks and final normalization, named as in the checkpoints. No word and no position embedding."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.drop = nn.Dropout(config.embd_dropout)
-        self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
-        self.ln_f = LAYER_NORMS[config.layer_norm](config.n_embd, eps=config.layer_norm_epsilon)
-
-    def forward(self, x):  # [batch, tokens, width]
-        x = self.drop(x)
-        for block in self.h:
-            x = block(x)
-        return self.ln_f(x)
 
 
 class DecisionTransformer(nn.Module):
@@ -313,39 +363,46 @@ class DecisionTransformer(nn.Module):
 
     As in the study, the time embedding is added after the LayerNorm of the token embeddings and the action head is the
     transposed action embedding (can-wikipedia-help-offline-rl, decision_transformer/models/decision_transformer.py).
-    Attention is causal and there is no position embedding, so windows are padded on the right and need no mask.
+    Attention is causal and knows no position, so that windows are padded on the right and need no mask.
     """
 
-    def __init__(self, config, state_dim, act_dim, max_timestep):
+    def __init__(self, blocks, final_norm, state_dim, act_dim, max_timestep):
         super().__init__()
-        self.embed_timestep = nn.Embedding(max_timestep, config.n_embd)
-        self.embed_return = nn.Linear(1, config.n_embd)
-        self.embed_state = nn.Linear(state_dim, config.n_embd)
-        self.embed_action = nn.Linear(act_dim, config.n_embd)
-        self.embed_ln = nn.LayerNorm(config.n_embd)
-        self.transformer = GPT(config)
+        shape = dict(final_norm=final_norm, state_dim=state_dim, act_dim=act_dim, max_timestep=max_timestep)
+        self.architecture = dict(blocks=[asdict(config) for config in blocks], **shape)  # goes into checkpoints
+        width = blocks[0].n_embd
+        self.embed_timestep = nn.Embedding(max_timestep, width)
+        self.embed_return = nn.Linear(1, width)
+        self.embed_state = nn.Linear(state_dim, width)
+        self.embed_action = nn.Linear(act_dim, width)
+        self.embed_ln = nn.LayerNorm(width)
+        h, ln_f = nn.ModuleList(Block(block) for block in blocks), LAYER_NORMS[final_norm](width, eps=blocks[0].epsilon)
+        self.transformer = nn.ModuleDict(dict(drop=nn.Dropout(min(0.1, blocks[0].dropout)), h=h, ln_f=ln_f))
 
     def embed(self, returns_to_go, states, actions, timesteps):
-        """Return the tokens R_1 s_1 a_1 R_2 s_2 a_2 ... of the backbone, [batch, 3K, width]."""
+        """Return the tokens R_1 s_1 a_1 R_2 s_2 a_2 ... that enter the first block, [batch, 3K, width]."""
         tokens = (self.embed_return(returns_to_go), self.embed_state(states), self.embed_action(actions))
         tokens = self.embed_ln(torch.stack(tokens, dim=2))  # [batch, K, 3, width]
-        return (tokens + self.embed_timestep(timesteps).unsqueeze(2)).flatten(1, 2)
+        tokens = tokens + self.embed_timestep(timesteps).unsqueeze(2)
+        return self.transformer.drop(tokens.flatten(1, 2))
 
     def forward(self, returns_to_go, states, actions, timesteps):
-        """[batch, K, 1], [batch, K, state_dim], [batch, K, act_dim], [batch, K] to actions in (-1, 1): [batch, K, act_dim]."""
-        hidden = self.transformer(self.embed(returns_to_go, states, actions, timesteps)).unflatten(1, (-1, 3))
-        return torch.tanh(F.linear(hidden[:, :, 1], self.embed_action.weight.T))
+        """[batch, K, 1], [batch, K, state_dim], [batch, K, act_dim], [batch, K] to actions [batch, K, act_dim]."""
+        x = self.embed(returns_to_go, states, actions, timesteps)
+        for block in self.transformer.h:
+            x = block(x)
+        at_states = self.transformer.ln_f(x)[:, 1::3]  # [batch, K, width]
+        return torch.tanh(F.linear(at_states, self.embed_action.weight.T))
 
 
-def rebuild_model(checkpoint, device):
-    """Return the model of a checkpoint that any of the scripts has written, in evaluation mode."""
-    architecture = dict(checkpoint["architecture"])
-    config, blocks = GPTConfig(**architecture.pop("config")), architecture.pop("blocks", {})
-    model = DecisionTransformer(config, **architecture)
-    for index, block_config in blocks.items():  # those that replace the random model's (section 5.6.1)
-        model.transformer.h[index] = Block(GPTConfig(**block_config), index)
-    model.load_state_dict(checkpoint["model"])
-    return model.to(device).eval()
+def load_model(path, device):
+    """Return the model of a checkpoint that any of the scripts has written, in evaluation mode, and the checkpoint."""
+    with or_stop(f"{path} is no checkpoint of these scripts, or is damaged"):
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        blocks = [BlockConfig(**config) for config in checkpoint["architecture"].pop("blocks")]
+        model = DecisionTransformer(blocks, **checkpoint["architecture"]).to(device)
+        model.load_state_dict(checkpoint["model"])
+    return model.eval(), checkpoint
 
 
 # ======================================================================================================================
@@ -356,321 +413,102 @@ SAMPLE_FOLDERS = {"gpt2": "text-gpt2", "igpt": "image-gpt", "igpt-as-gpt2": "ima
 
 
 def load_backbone(args):
-    """Return the backbone's GPTConfig, its weights by name (None for random ones) and where they came from."""
-    dropouts = dict(resid_dropout=args.dropout, attn_dropout=args.attention_dropout, embd_dropout=args.embedding_dropout)
+    """Return block configurations, kind of the final LayerNorm, weights by name (none if random) and their source."""
     if args.backbone in ("random", "random-gpt2"):
-        config = GPTConfig(args.n_layer, args.n_head, args.n_embd, 4 * args.n_embd, args.activation, **dropouts)
-        return config, None, f"fresh weights, seed {args.seed}"
+        n_layer, n_embd, n_head = (4, 128, 4) if args.sample else (12, 768, 12)
+        n_head, activation = (1, "relu") if args.backbone == "random" else (n_head, "gelu_new")
+        block = BlockConfig(n_embd, n_head, 4 * n_embd, activation, dropout=args.dropout)
+        return [block] * n_layer, "gpt2", {}, f"seed {args.seed}"
 
     source = HUB_IDS.get(args.backbone, args.backbone)
     if args.sample and args.backbone in SAMPLE_FOLDERS:
         source = str(ASSETS / SAMPLE_FOLDERS[args.backbone])
-    checkpoint, report = read_pretrained(source)
-    missing = [*report["missing_keys"], *report["mismatched_keys"]]
-    left_over = [key for key in report["unexpected_keys"] if key != "lm_head.weight"]
-    if missing or left_over:
-        stop(f"{source} is not a complete GPT-2 or ImageGPT: missing or misshapen {missing[:3]}, left over {left_over[:3]}.")
-    theirs = checkpoint.config
-    if theirs.activation_function not in ACTIVATIONS:
-        stop(f"{source} uses the activation {theirs.activation_function}; known here are {', '.join(ACTIVATIONS)}.")
-    same = ("n_layer", "n_head", "n_embd", "layer_norm_epsilon", "scale_attn_weights", "scale_attn_by_inverse_layer_idx")
-    config = GPTConfig(
-        **{name: getattr(theirs, name) for name in same},
-        n_inner=theirs.n_inner or 4 * theirs.n_embd,
-        activation=theirs.activation_function,
-        layer_norm=theirs.model_type,
-        **dropouts,
-    )
-    # A Decision Transformer brings its own embeddings.
-    weights = {name: value for name, value in checkpoint.state_dict().items() if not name.startswith(("wte.", "wpe."))}
-    if args.backbone == "igpt-as-gpt2":
-        config = replace(config, layer_norm="gpt2")  # which subtracts the mean and has a bias that ImageGPT does not know
-        norms = [name for name in weights if name.split(".")[-2].startswith("ln_")]
-        weights |= {name.replace("weight", "bias"): torch.zeros_like(weights[name]) for name in norms}
-    return config, weights, source
+    config, weights = read_pretrained(source)
+    # As the released code, igpt-as-gpt2 has GPT-2's LayerNorm, whose bias ImageGPT does not know; it starts at zero.
+    layer_norm = "gpt2" if args.backbone == "igpt-as-gpt2" else config.model_type
+    n_inner = config.n_inner or 4 * config.n_embd
+    norm = dict(layer_norm=layer_norm, epsilon=config.layer_norm_epsilon)
+    block = BlockConfig(config.n_embd, config.n_head, n_inner, config.activation_function, **norm, dropout=args.dropout)
+    return [block] * config.n_layer, layer_norm, weights, source
 
 
 def read_pretrained(source):
-    """Load a transformers GPT2Model or ImageGPTModel in float32 from a folder, the hub's cache or the hub.
-
-    Returns the model and transformers' report of missing, unexpected and mismatched keys.
-    """
+    """Return configuration and weights [dict] of a GPT-2 or ImageGPT in a folder, in the hub's cache or on the hub."""
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # no background request to convert .bin files
-    from huggingface_hub import HfApi, constants
-    from transformers import AutoConfig, GPT2Model, ImageGPTModel
-    from transformers.utils import logging
+    from transformers import AutoConfig, GPT2Model, ImageGPTModel, logging  # here, because it takes seconds
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-    def read(**options):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
-        if config.model_type not in ("gpt2", "imagegpt"):
-            stop(f"{source} is a {config.model_type} model; --backbone takes GPT-2 and ImageGPT checkpoints.")
+    takes = (
+        f"{', '.join(HUB_IDS)}, random, random-gpt2, or the hub id or folder of a GPT-2 or ImageGPT; or try --sample"
+    )
+    with or_stop(f"the backbone {source} cannot be loaded, --backbone takes {takes}"):
+        config = AutoConfig.from_pretrained(source)
+        assert config.model_type in LAYER_NORMS, f"it is a {config.model_type}"
+        assert config.activation_function in ACTIVATIONS, f"its activation {config.activation_function} is unknown"
+        assert config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx, "it scales attention otherwise"
         model_class = GPT2Model if config.model_type == "gpt2" else ImageGPTModel
-        options |= dict(config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
-        return model_class.from_pretrained(source, **options)
-
-    try:
-        return read(local_files_only=True)
-    except Exception as error:
-        if Path(source).is_dir():
-            stop(f"the folder {source} holds no readable GPT-2 or ImageGPT checkpoint: {first_line(error)}.")
-    try:
-        HfApi().model_info(source, timeout=10)  # one request: loading would retry for half a minute before it fails
-        return read()
-    except Exception as error:
-        stop(
-            f"the backbone {source} is neither a local folder nor in the hub's cache ({constants.HF_HUB_CACHE}), and the hub "
-            f"does not have it or cannot be reached ({first_line(error)}); known names are {', '.join(HUB_IDS)}, random and "
-            "random-gpt2; go online, give a local folder, or try --sample."
-        )
+        options = dict(config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
+        model, report = model_class.from_pretrained(source, **options)
+        wrong = {*report["missing_keys"], *report["mismatched_keys"], *report["unexpected_keys"]} - {"lm_head.weight"}
+        assert not wrong, f"missing, misshapen or unknown are {sorted(map(str, wrong))[:3]}"
+    weights = {name: value for name, value in model.state_dict().items() if not name.startswith(("wte.", "wpe."))}
+    return config, weights
 
 
 # ======================================================================================================================
-# Starting point: the model before training, with a block replaced if asked
+# Evaluation
 # ======================================================================================================================
-def make_model(args, shape):
-    """Return the model that training starts from, its architecture [dict], where its weights came from, and AdamW's eps.
-
-    In a block replacement the member "random" is the paper's control in the backbone's depth and width, and "block_3" the
-    same with block 3 of the backbone in place of its own; that block keeps its own heads, activation and LayerNorm.
-    """
-    config, weights, source = load_backbone(args)
-    if not args.member or args.member == args.backbone:
-        model = DecisionTransformer(config, **shape)
-        if weights is not None:
-            model.transformer.load_state_dict(weights)  # strict: every name and shape must be there
-        return model, dict(config=asdict(config), blocks={}, **shape), source, 1e-8 if weights is None else 1e-6
-
-    random_args = replace(args, backbone="random", n_layer=args.n_layer or config.n_layer, n_embd=args.n_embd or config.n_embd)
-    random_config, _, random_source = load_backbone(
-        replace(random_args, n_head=args.n_head or 1, activation=args.activation or "relu")
-    )
-    model = DecisionTransformer(random_config, **shape)
-    if args.member == "random":
-        return model, dict(config=asdict(random_config), blocks={}, **shape), random_source, 1e-8
-    index = int(args.member.removeprefix("block_"))
-    model.transformer.h[index] = block = Block(config, index)
-    prefix = f"h.{index}."
-    block.load_state_dict({name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)})
-    architecture = dict(config=asdict(random_config), blocks={index: asdict(config)}, **shape)
-    return model, architecture, f"{random_source}, block {index} from {source}", 1e-8
-
-
-# ======================================================================================================================
-# Data: the whole data set as flat tensors on the device
-# ======================================================================================================================
-@dataclass
-class OfflineData:
-    """N transitions, one episode after the other. A batch of windows is an index lookup."""
-
-    states: torch.Tensor  # [N, state_dim], normalized
-    actions: torch.Tensor  # [N, act_dim], in [-1, 1]
-    returns_to_go: torch.Tensor  # [N, 1], undiscounted, divided by RETURN_SCALE
-    timesteps: torch.Tensor  # [N], steps since the episode's start
-    episode_ends: torch.Tensor  # [N], index one past the last transition of the same episode
-    state_mean: torch.Tensor  # [state_dim]
-    state_std: torch.Tensor  # [state_dim], with 1e-6 added
-    num_episodes: int
-    dataset_id: str
-
-    def windows(self, starts, context_length):
-        """Cut one window of K steps from each start [batch].
-
-        Returns returns_to_go [batch, K, 1], states, actions, timesteps [batch, K] and the mask of valid steps
-        [batch, K]; steps past the end of the episode are zeros.
-        """
-        index = starts.unsqueeze(1) + torch.arange(context_length, device=starts.device)
-        valid = index < self.episode_ends[starts].unsqueeze(1)
-        index = torch.where(valid, index, 0)
-        mask = valid.unsqueeze(-1)
-        parts = [x[index] * mask for x in (self.returns_to_go, self.states, self.actions)]
-        return *parts, self.timesteps[index] * valid, valid
-
-
-def load_data(args, env):
-    """Load `args.dataset` to `args.device` as OfflineData that fits `env`, a gymnasium vector environment."""
-    path = Path(args.dataset)
-    if path.suffix in (".hdf5", ".h5"):
-        episodes, dataset_id, recorded_in = read_d4rl(path), path.name, None
-    else:
-        episodes, dataset_id, recorded_in = read_minari(args.dataset)
-    lengths = np.array([[len(column) for column in episode] for episode in episodes]).reshape(-1, 3)
-    if (lengths != lengths[:, :1]).any():
-        stop(f"the data set {args.dataset} has an episode whose observations, actions and rewards differ in number.")
-    if lengths.size == 0 or lengths.min() == 0:
-        stop(f"the data set {args.dataset} has {'episodes without a step' if episodes else 'no episode'}.")
-    lengths = lengths[:, 0]
-    states, actions, rewards = (np.concatenate(part, dtype=np.float32) for part in zip(*episodes))
-    for name, values in (("observations", states), ("actions", actions), ("rewards", rewards)):
-        if not np.isfinite(values).all():
-            stop(f"the data set {args.dataset} has non-finite {name}.")
-    theirs = (states.shape[1:], actions.shape[1:])
-    ours = (env.single_observation_space.shape, env.single_action_space.shape)
-    if theirs != ours:
-        stop(
-            f"the data set {args.dataset} has observations {theirs[0]} and actions {theirs[1]}, "
-            f"but {args.env} has {ours[0]} and {ours[1]}; choose a --dataset of the same environment."
-        )
-    if recorded_in not in (None, args.env) and RANK == 0:
-        print(f"warning: {dataset_id} was recorded in {recorded_in} and is used for {args.env}.", file=sys.stderr)
-
-    returns_to_go = [np.cumsum(r[::-1], dtype=np.float64)[::-1] / RETURN_SCALE for _, _, r in episodes]
-    mean, std = states.mean(0, dtype=np.float64), states.std(0, dtype=np.float64) + 1e-6
-    center, half_range = action_range(env)
-
-    def tensor(x, dtype=torch.float32):
-        return torch.as_tensor(np.ascontiguousarray(x)).to(args.device, dtype)
-
-    return OfflineData(
-        states=tensor((states - mean) / std),
-        actions=tensor((actions - center) / half_range),
-        returns_to_go=tensor(np.concatenate(returns_to_go)[:, None]),
-        timesteps=tensor(np.concatenate([np.arange(n) for n in lengths]), torch.int64),
-        episode_ends=tensor(np.repeat(np.cumsum(lengths), lengths), torch.int64),
-        state_mean=tensor(mean),
-        state_std=tensor(std),
-        num_episodes=len(episodes),
-        dataset_id=dataset_id,
-    )
-
-
-def read_d4rl(path):
-    """Return a list of (observations [T, ...], actions [T, ...], rewards [T]) from a D4RL file; T is an episode's length.
-
-    An episode ends where `terminals` or `timeouts` is set. The steps after the last end belong to an episode that was
-    never finished and are left out, as in the reference (can-wikipedia-help-offline-rl, data/download_d4rl_datasets.py).
-    """
-    import h5py
-
-    if not path.is_file():
-        stop(f"there is no data set file {path}.")
-    try:
-        with h5py.File(path) as file:
-            names = ("observations", "actions", "rewards", "terminals", "timeouts")
-            observations, actions, rewards, terminals, timeouts = (file[name][()] for name in names)
-    except (OSError, KeyError, RuntimeError) as error:
-        stop(f"{path} cannot be read as a D4RL file, it is damaged or no such file: {first_line(error)}")
-    ends = np.flatnonzero(terminals.astype(bool) | timeouts.astype(bool)) + 1
-    return list(zip(*(np.split(x, ends)[:-1] for x in (observations, actions, rewards))))
-
-
-def read_minari(dataset):
-    """Return the episodes as `read_d4rl` does, the data set's id and the environment that it was recorded in.
-
-    `dataset` is a folder, or an id that is looked up in the local Minari folder and downloaded if it is not there.
-    """
-    import minari
-    from huggingface_hub import HfApi
-    from minari.storage.datasets_root_dir import get_dataset_path
-
-    folder = Path(dataset) if Path(dataset).is_dir() else get_dataset_path(dataset)
-    if not folder.is_dir():
-        try:
-            if "MINARI_REMOTE" not in os.environ:  # one request: a download would retry for half a minute before it fails
-                HfApi().dataset_info(f"farama-minari/{dataset.split('/')[0]}", timeout=10)
-            minari.download_dataset(dataset)
-        except Exception as error:
-            stop(
-                f"the data set {dataset} is neither a folder nor in the local Minari folder ({get_dataset_path()}), and "
-                f"Minari's hub does not have it or cannot be reached ({first_line(error)}); go online, give a folder or a D4RL "
-                ".hdf5 file as --dataset, or try --sample."
-            )
-    data_folder = folder / "data" if (folder / "data").is_dir() else folder
-    try:
-        data = minari.MinariDataset(data_folder)
-        episodes = [(e.observations[: len(e.actions)], e.actions, e.rewards) for e in data.iterate_episodes()]
-    except Exception as error:
-        stop(f"{folder} cannot be read as a Minari data set, it is damaged or no such folder: {first_line(error)}")
-    if any(isinstance(x, (dict, tuple)) for episode in episodes[:1] for x in episode):
-        stop(f"the data set {dataset} has dictionary or tuple observations or actions; only flat Box spaces can be used.")
-    return episodes, data.spec.dataset_id, data.spec.env_spec.id if data.spec.env_spec else None
-
-
-# ======================================================================================================================
-# Evaluation: all episodes at once
-# ======================================================================================================================
-def make_env(args, num_copies, render_mode=None):
-    """Return a gymnasium vector environment with `num_copies` of `args.env`."""
-    import gymnasium as gym
-
-    warnings.filterwarnings("ignore", message=".*is out of date.*")  # -v4 is what the paper used
-    with contextlib.suppress(Exception):  # what is wrong with mujoco, making the environment will say
-        import mujoco
-
-        # HalfCheetah's model file sets off a deprecation warning for every copy; anything else should be seen.
-        mujoco.set_mju_user_warning(lambda text: "deprecated" in text or print(f"mujoco: {text}", file=sys.stderr))
-    try:
-        env = gym.make_vec(args.env, num_copies, vectorization_mode="sync", render_mode=render_mode)
-    except Exception as error:
-        renderer = f"; MUJOCO_GL={os.environ['MUJOCO_GL']} may be why" if "MUJOCO_GL" in os.environ else ""
-        stop(f"the environment {args.env} cannot be made ({first_line(error)}{renderer}).")
-    for space in (env.single_observation_space, env.single_action_space):
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            stop(f"{args.env} has the space {space}; only environments with flat Box spaces can be used.")
-    return env
-
-
-def action_range(env):
-    """Center and half range of the action space, which map it to [-1, 1]; 0 and 1 where it is unbounded."""
-    low, high = env.single_action_space.low, env.single_action_space.high
-    bounded = np.isfinite(low) & np.isfinite(high)
-    low, high = np.where(bounded, low, -1), np.where(bounded, high, 1)
-    return (high + low) / 2, (high - low) / 2
+def autocast(args, device):
+    """Matrix products in bf16 where `args.precision` says so; weights, gradients and optimizer stay float32."""
+    cpu_has_bf16 = torch.cpu.get_capabilities().get("avx512_bf16")  # without it, bf16 is slower than float32
+    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16
+    enabled = args.precision == "bf16" or bool(args.precision == "auto" and native)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 @torch.no_grad()
-def evaluate(model, env, data, args, seeds, after_step=None):
-    """Play one episode in each copy of `env`, started with these seeds and asking for `args.target_return`.
+def evaluate(model, env, data, args):
+    """Play one episode in each copy of `env`, started with `args.seed` and the numbers after it.
 
     Returns the episodes' undiscounted returns and lengths in steps, both [episodes]. As in the Decision Transformer's
-    evaluation, the return-to-go falls by each reward and the model sees the last K steps. A signal cuts it short.
-    `after_step`, if given, is called with the number of each step that has been made.
+    evaluation, the return-to-go starts at `args.target_return` and falls by each reward, and the model sees the last K
+    steps.
     """
     model.eval()
-    num_episodes, K = env.num_envs, args.context_length
+    device, n, K = data.state_mean.device, env.num_envs, args.context_length
     horizon = env.spec.max_episode_steps or 1000
-    center, half_range = action_range(env)
-    states = torch.zeros(num_episodes, horizon + K, len(data.state_mean), device=args.device)
-    actions = torch.zeros(num_episodes, horizon + K, len(center), device=args.device)
-    returns_to_go = torch.zeros(num_episodes, horizon + K, 1, device=args.device)
-    timesteps = torch.arange(horizon + K, device=args.device).clamp(max=model.embed_timestep.num_embeddings - 1)
-    returns, lengths = np.zeros(num_episodes), np.zeros(num_episodes, dtype=int)
-    running = np.ones(num_episodes, dtype=bool)
+    returns_to_go = torch.zeros(n, horizon + 1, 1, device=device)
+    states = torch.zeros(n, horizon, *env.single_observation_space.shape, device=device)
+    actions = torch.zeros(n, horizon, *env.single_action_space.shape, device=device)  # zero until they are predicted
+    timesteps = torch.arange(horizon, device=device).clamp(max=model.embed_timestep.num_embeddings - 1).expand(n, -1)
+    returns, lengths, running = np.zeros(n), np.zeros(n, dtype=int), np.ones(n, dtype=bool)
 
+    observations, _ = env.reset(seed=args.seed)
     returns_to_go[:, 0] = args.target_return / RETURN_SCALE
-    observations, _ = env.reset(seed=seeds)
-    bar = tqdm(total=horizon, desc="evaluation", unit="step", leave=False, disable=RANK > 0)
-    for t in range(horizon):
-        observations = torch.as_tensor(observations, dtype=torch.float32, device=args.device)
+    for t in tqdm(range(horizon), desc="evaluation", unit="step", leave=False):
+        observations = torch.as_tensor(observations, dtype=torch.float32, device=device)
         states[:, t] = (observations - data.state_mean) / data.state_std
-        rows = torch.as_tensor(np.flatnonzero(running), device=args.device)
-        first = max(0, t - K + 1)
-        window = slice(first, first + K)  # in the first K steps the future is zeros, which causal attention cannot see
-        predicted = model(
-            returns_to_go[rows, window], states[rows, window], actions[rows, window], timesteps[window].expand(len(rows), K)
-        )
-        actions[rows, t] = predicted[:, t - first].float()
+        rows, window = torch.as_tensor(running.nonzero()[0], device=device), slice(max(0, t - K + 1), t + 1)
+        with autocast(args, device):
+            predicted = model(*(x[rows, window] for x in (returns_to_go, states, actions, timesteps)))
+        actions[rows, t] = predicted[:, -1].float()
         # Copies that are done go on until all are; what they still do is not counted.
-        observations, rewards, terminated, truncated, _ = env.step(center + half_range * actions[:, t].cpu().numpy())
+        observations, rewards, terminated, truncated, _ = env.step(actions[:, t].cpu().numpy())
         returns += rewards * running
         lengths += running
-        returns_to_go[:, t + 1, 0] = returns_to_go[:, t, 0] - torch.as_tensor(rewards / RETURN_SCALE, device=args.device)
+        rewards = torch.as_tensor(rewards / RETURN_SCALE).float().to(device)
+        returns_to_go[:, t + 1, 0] = returns_to_go[:, t, 0] - rewards
         running &= ~(terminated | truncated)
-        bar.update()
-        if after_step:
-            after_step(t)
-        if SIGNALS or not running.any():
+        if not running.any():
             break
-    bar.close()
     return returns, lengths
 
 
 def normalized_score(env_id, episode_return):
-    """D4RL's score: 0 for a random policy, 100 for an expert; None for environments without reference returns."""
-    task = TASKS.get(env_id.rsplit("-v", 1)[0])
-    return task and 100 * (episode_return - task.random_return) / (task.expert_return - task.random_return)
+    """D4RL's score: 0 for a random policy, 100 for an expert; nan where those are not known."""
+    *_, random, expert = TASKS.get(env_id.rsplit("-v", 1)[0], (math.nan, math.nan))
+    return 100 * (episode_return - random) / (expert - random)
 
 
 # ======================================================================================================================
@@ -679,17 +517,9 @@ def normalized_score(env_id, episode_return):
 METRICS = ("loss", "saturated_fraction", "grad_norm", "clipped_fraction")  # of one training step
 
 
-def autocast(args):
-    """Matrix products in bf16 where `args.precision` says so; weights, gradients and optimizer stay float32."""
-    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16")
-
-
-def training_loss(model, batch, num_valid):
-    """Mean squared action error, and the share of predictions beyond ±0.99 (a saturated tanh), both over valid steps.
-
-    `num_valid` is the number of valid steps in the batch; where processes share a batch, their results add up.
-    """
-    returns_to_go, states, actions, timesteps, valid = batch
+def training_loss(model, windows, num_valid):
+    """Mean squared error, and share of predictions beyond ±0.99 (saturated tanh), over the `num_valid` valid steps."""
+    returns_to_go, states, actions, timesteps, valid = windows
     predicted = model(returns_to_go, states, actions, timesteps).float()
     weight = valid.unsqueeze(-1) / (num_valid * actions.shape[-1])
     loss = ((predicted - actions).square() * weight).sum()
@@ -697,388 +527,172 @@ def training_loss(model, batch, num_valid):
     return loss, saturated
 
 
-class TrainingStep:
-    """Make one training step from the starts of its windows [batch]; returns its METRICS [4] without waiting for the device.
+def training_step(loss_function, model, optimizer, data, args, starts):
+    """Make one step on the windows that begin at `starts` [batch]; returns its METRICS [4] without waiting for them."""
+    max_grad_norm = args.max_grad_norm or math.inf
+    num_valid = (data.episode_ends[starts] - starts).clamp(max=args.context_length).sum()
+    windows = data.windows(starts.chunk(WORLD_SIZE)[RANK], args.context_length)
+    with autocast(args, starts.device):
+        loss, saturated = loss_function(model, windows, num_valid)
+    optimizer.zero_grad()
+    (loss * WORLD_SIZE).backward()  # DistributedDataParallel takes the mean over processes, the loss is a sum
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    optimizer.step()
+    sums = torch.stack([loss.detach(), saturated])
+    if WORLD_SIZE > 1:  # as the gradient, which is everyone's already
+        torch.distributed.all_reduce(sums)
+    return torch.stack([*sums, grad_norm, (grad_norm > max_grad_norm).float()])
 
-    On a single GPU the loss is compiled and, once warm, the whole step is recorded in a CUDA graph and replayed: a small
-    model at K = 1 would otherwise wait for Python. Dropout stays random in a graph, its seed advances with each replay.
-    """
 
-    def __init__(self, model, optimizer, data, args):
-        self.model, self.optimizer, self.data, self.args = model, optimizer, data, args
-        on_gpu = args.device.startswith("cuda")
-        self.loss = torch.compile(training_loss) if on_gpu else training_loss
-        self.eager_steps = 5 if on_gpu and WORLD_SIZE == 1 else math.inf
-        self.graph = None
+class RecordedStep:
+    """Record `step`(starts) in a CUDA graph and replay it: no waiting for Python, and new dropout with each replay."""
 
-    def run(self, starts):
-        args, data = self.args, self.data
-        num_valid = (data.episode_ends[starts] - starts).clamp(max=args.context_length).sum()
-        windows = data.windows(starts.chunk(WORLD_SIZE)[RANK], args.context_length)
-        with autocast(args):
-            loss, saturated = self.loss(self.model, windows, num_valid)
-        self.optimizer.zero_grad()
-        (loss * WORLD_SIZE).backward()  # DistributedDataParallel takes the mean over processes, the loss is a sum
-        max_grad_norm = args.max_grad_norm or math.inf
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm)
-        self.optimizer.step()
-        sums = torch.stack([loss.detach(), saturated])
-        if WORLD_SIZE > 1:  # as the gradient, which is everyone's already
-            torch.distributed.all_reduce(sums)
-        return torch.stack([*sums, grad_norm, (grad_norm > max_grad_norm).float()])
+    def __init__(self, step):
+        self.step, self.calls, self.graph = step, 0, torch.cuda.CUDAGraph()
 
     def __call__(self, starts):
-        if self.eager_steps == math.inf:
-            return self.run(starts)
-        if self.eager_steps > 0:  # on a side stream, as a capture wants it
-            self.eager_steps -= 1
+        self.calls += 1
+        if self.calls <= 5:  # warm up on a side stream, as a capture wants it
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                metrics = self.run(starts)
+                metrics = self.step(starts)
             torch.cuda.current_stream().wait_stream(side)
             return metrics
-        if self.graph is None:
-            self.graph, self.starts = torch.cuda.CUDAGraph(), starts.clone()
+        if self.calls == 6:
+            self.starts = starts.clone()
             with torch.cuda.graph(self.graph):
-                self.metrics = self.run(self.starts)
+                self.metrics = self.step(self.starts)
         self.starts.copy_(starts)
         self.graph.replay()
         return self.metrics
 
 
-@contextlib.contextmanager
-def process_group():
-    """Join the processes that torchrun has started, if it has; one of them speaks."""
-    if WORLD_SIZE > 1:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group()
-        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
-    yield
-    if WORLD_SIZE > 1:
-        torch.distributed.destroy_process_group()
+def find_device(args):
+    """Return the device that is asked for; where torchrun has started several processes, join them."""
+    if WORLD_SIZE > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(timeout=timedelta(hours=12))  # the first one evaluates, the others wait
+    name = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
-def all_gather(value):
-    """Return every process's `value`, in the order of their ranks."""
-    values = [value] * WORLD_SIZE
-    if WORLD_SIZE > 1:
-        torch.distributed.all_gather_object(values, value)
-    return values
+def train(args, folder, load=load_backbone):
+    """Train and evaluate as `args` say, going on from `folder`/latest.pt if it is there.
 
-
-# ======================================================================================================================
-# Interruptions: whole files, known failures, checkpoints to go on from
-# ======================================================================================================================
-SIGNALS = []  # SIGINT or SIGTERM, once one has come; the training step under way is finished first
-COST_MEMORY = ("batch_size", "context_length", "num_eval_episodes", "chunk_size", "mine_windows", "mine_group")
-MAY_CHANGE = ("num_epochs", "save_epochs", "capture_video", "device", "resume")  # what a resumed run may be given anew
-
-
-def remember_signal(number, frame):
-    SIGNALS.append(number)
-    signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
-
-
-def save(path, write):
-    """Call write(file) on a temporary file and move it to `path`: it appears whole or not at all. Only rank 0 writes."""
-    if RANK > 0:
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        temporary.unlink(missing_ok=True)
-        stop(
-            f"{path} could not be written ({first_line(error)}), the last good checkpoint is untouched; is the disk full? "
-            "Make room and go on with --resume."
-        )
-
-
-def save_json(path, content):
-    """Write numbers, texts, arrays, and lists and dicts of them; JSON has no NaN, so that it becomes null."""
-    content = json.loads(json.dumps(content, default=lambda array: array.tolist()), parse_constant=lambda name: None)
-    save(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
-
-
-@contextlib.contextmanager
-def explained(args):
-    """Turn the failures of a run that a user can do something about into one sentence."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        tqdm.write("interrupted; finished runs and checkpoints are kept.", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGINT)
-    except (RuntimeError, MemoryError, OSError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if isinstance(error, MemoryError) or "memory" in str(error):
-            costly = [name for name in COST_MEMORY if hasattr(args, name)]
-            sizes = ", ".join(f"--{name.replace('_', '-')} (now {getattr(args, name)})" for name in costly)
-            stop(f"{args.device} ran out of memory; lower one of {sizes}.")
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            stop(f"the disk is full ({first_line(error)}); make room and go on with --resume, the last checkpoint is good.")
-        raise
-
-
-def changed(args, others):
-    """Names of the arguments [dict] that differ although a resumed run has to keep them."""
-    args, others = json.loads(json.dumps([args, others]))
-    return [name for name in args if name not in MAY_CHANGE and args[name] != others.get(name)]
-
-
-def read_latest(folder):
-    """Return the checkpoint that the run in `folder` can go on from."""
-    path = Path(folder) / "checkpoints" / "latest.pt"
-    if not path.is_file():
-        stop(f"{folder} cannot be resumed, it has no checkpoints/latest.pt.")
-    try:
-        latest = torch.load(path, map_location="cpu", weights_only=True)
-        differing = changed(latest["args"], json.loads((path.parent.parent / "args.json").read_text()))
-        script, _ = latest["script"], latest["optimizer"]
-    except Exception as error:
-        stop(f"{folder} cannot be resumed, checkpoints/latest.pt or args.json is damaged or no such file: {first_line(error)}.")
-    if script != SCRIPT or differing:
-        stop(f"{path} is of another run: from {script}.py, and not with args.json's {', '.join(differing) or 'script'}.")
-    return latest
-
-
-# ======================================================================================================================
-# Run: from the arguments to a folder of results
-# ======================================================================================================================
-def show(value, form):
-    return "-" if value is None else format(value, form)
-
-
-def print_table(records, summary):
-    """Print one line per epoch, and best, last and the mean over the last quarter of the epochs."""
-    columns = {"epoch": "d", "loss": ".4f", "grad_norm": ".3f", "clipped_fraction": ".0%", "saturated_fraction": ".0%"}
-    columns |= {"return_mean": ".1f", "return_std": ".1f", "length_mean": ".1f", "normalized_score": ".1f"}
-    print("\n" + "  ".join(columns))
-    for record in records:
-        print("  ".join(show(record[name], form).rjust(len(name)) for name, form in columns.items()))
-    best, last, mean = (show(summary[f"{name}_normalized_score"], ".1f") for name in ("best", "final", "mean_last_quarter"))
-    print(
-        f"normalized score: best {best} (epoch {summary['best_epoch']}; the paper reports the best epoch), last {last}, "
-        f"mean over the last quarter of the epochs {mean}"
-    )
-
-
-def train(args, run_folder):
-    """Train and evaluate as `args` say; a run that is resumed goes on from its latest checkpoint, if it has one.
-
-    Leaves checkpoints, TensorBoard events, args.json and summary.json in `run_folder`; returns the summary and the history
-    of METRICS, one entry per logging interval.
+    Leaves TensorBoard events, checkpoints and summary.json in `folder`. The windows and the dropout of an epoch follow
+    from the seed and the epoch's number alone: a run that was interrupted gives the numbers of one that was not.
     """
-    if run_folder.exists() and not args.resume:
-        stop(f"{run_folder} already exists; choose another --run-name, or go on with it by --resume {run_folder}.")
-    latest = read_latest(run_folder) if (run_folder / "checkpoints" / "latest.pt").exists() else None
-    if args.sample:
-        print("This is the bundled sample: small backbones, small data, few steps. It is not the paper's experiment.")
-
-    # Environment, data, model
-    torch.manual_seed(args.seed)
-    seeds = np.array_split(np.arange(args.seed, args.seed + args.num_eval_episodes), WORLD_SIZE)[RANK].tolist()
-    env = make_env(args, len(seeds))
-    if RANK > 0:
-        torch.distributed.barrier()  # what has to be downloaded, the first process does
-    data = load_data(args, env)
+    device = find_device(args)
+    env = make_env(args, args.num_eval_episodes)
+    data = OfflineData(args, env, device)
     max_timestep = max(1000, env.spec.max_episode_steps or 0, int(data.timesteps.max()) + 1)
-    shape = dict(state_dim=len(data.state_mean), act_dim=data.actions.shape[1], max_timestep=max_timestep)
-    model, architecture, backbone_source, eps = make_model(args, shape)
-    if WORLD_SIZE > 1 and RANK == 0:
-        torch.distributed.barrier()
-    model.to(args.device)
-    num_parameters = sum(p.numel() for p in model.parameters())
-    print(f"{backbone_name(args.backbone)}: {num_parameters / 1e6:.1f} M parameters, from {backbone_source}")
-    print(f"{args.env}: {len(data.states):,} steps in {data.num_episodes} episodes of {data.dataset_id}")
-    print(f"{run_folder}: on {args.device} in {args.precision}, {WORLD_SIZE} process{'es' * (WORLD_SIZE > 1)}")
+    torch.manual_seed(args.seed)
+    blocks, final_norm, weights, source = load(args)
+    model = DecisionTransformer(blocks, final_norm, data.states.shape[1], data.actions.shape[1], max_timestep)
+    model.transformer.load_state_dict(model.transformer.state_dict() | weights)
+    start = dict(step=0, records=[], history=[])  # one record per epoch, one line of history per logging interval
+    if (folder / "latest.pt").exists():
+        model, start = load_model(folder / "latest.pt", device)
+    step, records, history = start["step"], start["records"], start["history"]
 
-    # Optimizer, and all that changes during training
-    on_gpu = args.device.startswith("cuda")
-    learning_rate = torch.tensor(args.learning_rate, device=args.device)  # a tensor, so that a CUDA graph reads it anew
-    optimizer = torch.optim.AdamW(
-        model.parameters(), learning_rate, weight_decay=args.weight_decay, eps=eps, fused=True, capturable=on_gpu
-    )
-    window_generator = torch.Generator().manual_seed(args.seed)  # the same windows on every device and in every process
-    torch.manual_seed(args.seed + RANK)  # but dropout of its own in each process
-    metrics = torch.zeros(args.steps_per_epoch, len(METRICS), device=args.device)  # of the epoch under way
-    records, history = [], []  # one entry per epoch, one per logging interval
-    step, train_seconds, eval_seconds = 0, 0.0, 0.0
-    if latest is not None:
-        if not torch.equal(latest["state_mean"], data.state_mean.cpu()) or len(latest["random_states"]) != WORLD_SIZE:
-            stop(f"{run_folder} had other data or {len(latest['random_states'])} processes; resume it as it was started.")
-        model.load_state_dict(latest["model"])
-        optimizer.load_state_dict(latest["optimizer"])
-        optimizer.param_groups[0]["lr"] = learning_rate  # still the tensor that the loop fills
-        metrics.copy_(latest["metrics"])
-        step, records, history = latest["step"], latest["records"], latest["history"]
-        train_seconds, eval_seconds = latest["train_seconds"], latest["eval_seconds"]
-        cpu_state, gpu_state, window_state = latest["random_states"][RANK]
-        torch.set_rng_state(cpu_state)
-        if on_gpu and gpu_state is not None:
-            torch.cuda.set_rng_state(gpu_state, args.device)
-        window_generator.set_state(window_state)
-        print(f"going on after step {step}, with {len(records)} of {args.num_epochs + 1} evaluations done")
-
-    # What the run leaves behind
-    if RANK == 0:
-        from torch.utils.tensorboard import SummaryWriter
-
-        (run_folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        writer = SummaryWriter(run_folder, purge_step=step + 1 if latest else None)
-        rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-        writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{rows}")
-    save_json(run_folder / "args.json", asdict(replace(args, resume=None)))
-
-    def log(group, values):
-        for name, value in values.items():
-            if RANK == 0 and value is not None:
-                writer.add_scalar(f"{group}/{name}", value, step)
-
-    def save_checkpoint(name, **more):
-        checkpoint = dict(
-            script=SCRIPT, epoch=len(records) - 1, step=step, args=asdict(replace(args, resume=None)),
-            architecture=architecture, model=model.state_dict(), state_mean=data.state_mean, state_std=data.state_std, **more,
-        )  # fmt: skip
-        save(run_folder / "checkpoints" / f"{name}.pt", lambda file: torch.save(checkpoint, file))
-
-    def save_latest():
-        gpu_state = torch.cuda.get_rng_state(args.device) if on_gpu else None
-        states = [torch.get_rng_state(), gpu_state, window_generator.get_state()]
-        save_checkpoint(
-            "latest", optimizer=optimizer.state_dict(), metrics=metrics, records=records, history=history,
-            random_states=all_gather(states), train_seconds=train_seconds, eval_seconds=eval_seconds,
-        )  # fmt: skip
-
-    def end_if_interrupted():
-        numbers = sum(all_gather(SIGNALS), [])
-        if numbers:
-            save_latest()
-            if RANK == 0:
-                how = f"python {SCRIPT}.py --resume {run_folder}"
-                tqdm.write(f"interrupted after step {step}; go on with: {how}", file=sys.stderr)
-            raise SystemExit(128 + numbers[0])
-
-    # Training
-    handlers = {number: signal.signal(number, remember_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    model.to(device)
+    epsilon = 1e-6 if "ln_f.weight" in weights else 1e-8  # as in the reference, where one replaced block does not count
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, eps=epsilon, fused=True)
+    if records:
+        optimizer.load_state_dict(start["optimizer"])
+    learning_rate = torch.tensor(args.learning_rate, device=device)  # a tensor, so that a CUDA graph reads it anew
+    optimizer.param_groups[0].update(lr=learning_rate, capturable=device.type == "cuda")
     trained = nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
-    training_step = TrainingStep(trained, optimizer, data, args)
+    loss_function = torch.compile(training_loss) if device.type == "cuda" else training_loss
+    step_function = partial(training_step, loss_function, trained, optimizer, data, args)
+    if device.type == "cuda" and WORLD_SIZE == 1:
+        step_function = RecordedStep(step_function)
+
+    if RANK == 0:
+        parameters = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"\n{folder}: {parameters:.1f} M parameters, from {source}; {len(data.states):,} steps of {args.dataset}")
+        writer = SummaryWriter(folder, purge_step=step + 1)
+        rows = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
+        writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{rows}")
     log_interval = max(1, args.steps_per_epoch // 25)
 
     for epoch in range(len(records), args.num_epochs + 1):  # epoch 0 only evaluates: the model before fine-tuning
-        model.train()
-        last_step = epoch * args.steps_per_epoch
-        started = logged_at = time.perf_counter()
-        steps = tqdm(
-            range(step + 1, last_step + 1), desc=f"epoch {epoch}/{args.num_epochs}", unit="step", total=args.steps_per_epoch,
-            initial=args.steps_per_epoch - last_step + step, disable=RANK > 0 or epoch == 0,
-        )  # fmt: skip
-        for step in steps:
-            starts = torch.randint(len(data.states), (args.batch_size,), generator=window_generator).to(args.device)
-            learning_rate.fill_(args.learning_rate * min(step / max(args.warmup_steps, 1), 1))
-            row = (step - 1) % args.steps_per_epoch
-            metrics[row] = training_step(starts)
-
-            logging = (row + 1) % log_interval == 0 or step == last_step
-            if logging:  # the one place in the loop that waits for the device
-                values = metrics[row // log_interval * log_interval : row + 1].double().cpu().numpy()
-                finite = np.isfinite(values).all(axis=1)
-                if not finite.all():
-                    stop(
-                        f"loss or gradient is not finite in step {step + 1 - len(finite) + finite.argmin()}; the checkpoints in "
-                        f"{run_folder} are from before. Try a lower --learning-rate, --max-grad-norm 0.25 or --precision fp32."
-                    )
-                means = dict(zip(METRICS, values.mean(axis=0).tolist()))
-                history.append({"step": step, **means})
-                steps.set_postfix(loss=f"{means['loss']:.4f}", grad_norm=f"{means['grad_norm']:.3f}", refresh=False)
-                speed = len(values) / (time.perf_counter() - logged_at)
-                log("train", {**means, "learning_rate": learning_rate.item(), "steps_per_second": speed})
-                logged_at = time.perf_counter()
-            if SIGNALS and WORLD_SIZE == 1 or logging and any(all_gather(bool(SIGNALS))):
-                break
-        train_seconds += time.perf_counter() - started
-        end_if_interrupted()
-
-        # Evaluation
         started = time.perf_counter()
-        with autocast(args):
-            results = all_gather(evaluate(model, env, data, args, seeds))
-        end_if_interrupted()
-        eval_seconds += time.perf_counter() - started
-        returns, lengths = (np.concatenate(part) for part in zip(*results))
-        evaluation = dict(return_mean=float(returns.mean()), return_std=float(returns.std()), length_mean=float(lengths.mean()))
-        evaluation["normalized_score"] = normalized_score(args.env, evaluation["return_mean"])
-        training = dict(zip(METRICS, metrics.double().mean(0).tolist() if epoch else [None] * len(METRICS)))
-        records.append(dict(epoch=epoch, step=step, **training, **evaluation))
-        log("eval", evaluation)
-        score = show(evaluation["normalized_score"], ".1f")
-        tqdm.write(f"epoch {epoch}: return {returns.mean():.1f} ± {returns.std():.1f}, normalized score {score}")
+        num_steps = args.steps_per_epoch if epoch else 0
+        rng = np.random.default_rng([args.seed, epoch])
+        starts = torch.as_tensor(rng.integers(len(data.states), size=(num_steps, args.batch_size)), device=device)
+        torch.manual_seed(int(rng.integers(2**60)) + RANK)  # dropout
+        metrics = torch.zeros(num_steps, len(METRICS), device=device)
+        model.train()
+        bar = tqdm(starts, desc=f"epoch {epoch}/{args.num_epochs}", unit="step", disable=RANK > 0 or epoch == 0)
+        for i, batch in enumerate(bar):
+            step += 1
+            learning_rate.fill_(args.learning_rate * min(step / max(args.warmup_steps, 1), 1))
+            metrics[i] = step_function(batch)
+            if RANK == 0 and ((i + 1) % log_interval == 0 or i + 1 == num_steps):
+                means = metrics[i // log_interval * log_interval : i + 1].mean(0).tolist()  # waits for the device
+                if not np.isfinite(means).all():
+                    stop(f"loss or gradient is not finite at step {step}; try a lower --learning-rate.")
+                bar.set_postfix(loss=f"{means[0]:.4f}", refresh=False)
+                history.append(dict(zip(METRICS, means), step=step))
+                for name, value in zip(METRICS, means):
+                    writer.add_scalar(f"train/{name}", value, step)
+        if RANK > 0:
+            continue  # the first process evaluates and writes
+
+        returns, lengths = evaluate(model, env, data, args)
+        mean_return = returns.mean().item()
+        record = dict(epoch=epoch, step=step, **dict(zip(METRICS, metrics.mean(0).tolist())))  # nan in epoch 0
+        record |= dict(return_mean=mean_return, return_std=returns.std().item(), length_mean=lengths.mean().item())
+        record |= dict(normalized_score=normalized_score(args.env, mean_return), seconds=time.perf_counter() - started)
+        records.append(record)
+        for name in ("return_mean", "return_std", "length_mean", "normalized_score"):
+            writer.add_scalar(f"eval/{name}", record[name], step)
+        writer.flush()
+        tqdm.write(f"epoch {epoch}: return {mean_return:.1f} ± {returns.std():.1f}")
+
+        checkpoint = dict(epoch=epoch, step=step, args=asdict(args), architecture=model.architecture)
+        checkpoint |= dict(model=model.state_dict(), state_mean=data.state_mean, state_std=data.state_std)
         if epoch in args.save_epochs or epoch == args.num_epochs:
-            save_checkpoint(f"epoch_{epoch}")
-        best = max(records[1:], key=lambda record: record["return_mean"], default=None)
-        if best is records[-1]:
-            save_checkpoint("best")
-        save_latest()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-    best = max(records[1:], key=lambda record: record["return_mean"])
-    last_quarter = [record["normalized_score"] for record in records[-max(1, args.num_epochs // 4) :]]
-    summary = dict(
-        script=SCRIPT, backbone=args.backbone, env=args.env, context_length=args.context_length, seed=args.seed,
-        sample=args.sample, device=args.device, precision=args.precision, backbone_source=backbone_source,
-        dataset=data.dataset_id, dataset_steps=len(data.states), dataset_episodes=data.num_episodes, processes=WORLD_SIZE,
-        parameters=num_parameters, steps=step, epochs=records, best_epoch=best["epoch"],
-        best_normalized_score=best["normalized_score"], final_normalized_score=records[-1]["normalized_score"],
-        mean_last_quarter_normalized_score=None if None in last_quarter else float(np.mean(last_quarter)),
-        steps_per_second=step / train_seconds, train_seconds=train_seconds, eval_seconds=eval_seconds,
-    )  # fmt: skip
-    save_json(run_folder / "summary.json", summary)
-    if RANK == 0:
-        writer.close()
-        print_table(records, summary)
-    return summary, history
+            save(folder / f"epoch_{epoch}.pt", partial(torch.save, checkpoint))
+        if epoch > 0 and mean_return >= max(record["return_mean"] for record in records[1:]):
+            save(folder / "best.pt", partial(torch.save, checkpoint))
+        checkpoint |= dict(optimizer=optimizer.state_dict(), records=records, history=history)
+        save(folder / "latest.pt", partial(torch.save, checkpoint))
+        save_json(folder / "summary.json", dict(args=asdict(args), source=source, epochs=records, history=history))
 
 
-# Okabe and Ito's palette, also for the colour-blind; whatever is not named has the first colour.
-COLORS = defaultdict(lambda: "#CC79A7")
-COLORS |= {"gpt2": "#0072B2", "igpt": "#D55E00", "igpt-as-gpt2": "#E69F00", "random": "#555555", "random-gpt2": "#009E73"}
+# ======================================================================================================================
+# Block replacement: one pre-trained block in a random model
+# ======================================================================================================================
+def load_mixture(args, block):
+    """Return what `load_backbone` does, for the study's random model in the depth and width of `args.backbone`.
+
+    If `block` is not None, that one is the backbone's, with its own heads, activation and LayerNorm.
+    """
+    pretrained, _, weights, source = load_backbone(args)
+    width = pretrained[0].n_embd
+    blocks = [BlockConfig(width, 1, 4 * width, "relu", dropout=args.dropout)] * len(pretrained)
+    if block is None:
+        return blocks, "gpt2", {}, f"seed {args.seed}"
+    blocks[block] = pretrained[block]
+    weights = {name: value for name, value in weights.items() if name.startswith(f"h.{block}.")}
+    return blocks, "gpt2", weights, f"seed {args.seed}, block {block} from {source}"
 
 
-def new_figure(title, width, height):
-    """An empty matplotlib figure, width and height in inches."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(title)
-    return figure
-
-
-def save_figure(figure, run_folder, name, step):
-    """Write a matplotlib figure as a PNG and as a TensorBoard image."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    save(run_folder / f"{name}.png", lambda file: figure.savefig(file, format="png", dpi=120))
-    with SummaryWriter(run_folder) as writer:
-        writer.add_figure(name, figure, step)
-
-
-def parse_arguments():
-    """Return the arguments as given; what is not given comes from the run to resume, or from the sample."""
-    args = tyro.cli(Args, description=__doc__)
-    if args.resume:
-        before = read_latest(args.resume)["args"]
-        args = tyro.cli(Args, default=Args(**before))
-        names = changed(asdict(args), before)
-        if names:
-            stop(f"--{', --'.join(names).replace('_', '-')} cannot change when a run is resumed; leave out or start a new run.")
-    elif args.sample:
-        args = tyro.cli(Args, default=SAMPLE)
-    return args
+def runs_to_train(args):
+    """Return {run: how to load its model}: a single one, or the random, the pre-trained and one per replaced block."""
+    if not args.replace_blocks:
+        return {"": load_backbone}
+    num_blocks = len(load_backbone(args)[0])
+    replaced = range(num_blocks) if "all" in args.replace_blocks else args.replace_blocks
+    if args.backbone.startswith("random") or not set(replaced) <= set(range(num_blocks)):
+        stop(f"--replace-blocks takes blocks 0 to {num_blocks - 1} of a pre-trained --backbone, such as gpt2 or igpt.")
+    runs = {"random": partial(load_mixture, block=None), Path(args.backbone).name: load_backbone}
+    return runs | {f"block_{block}": partial(load_mixture, block=block) for block in replaced}
 
 
 # ======================================================================================================================
@@ -1089,283 +703,150 @@ ATTENTION_CONTEXT = 20  # steps of the windows, also for models trained with K =
 
 def attention_weights(attention, x):
     """The weights that `attention` uses for its input x [batch, tokens, width]: [batch, heads, tokens, tokens]."""
-    query, key, _ = (y.unflatten(-1, (attention.n_head, -1)).transpose(1, 2) for y in attention.c_attn(x).chunk(3, dim=-1))
-    scores = query @ key.transpose(-1, -2) * attention.scale
+    query, key, _ = attention.c_attn(x).unflatten(-1, (3, attention.n_head, -1)).permute(2, 0, 3, 1, 4)
+    scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
     future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
     return scores.masked_fill(future, -math.inf).softmax(-1)
 
 
 def mean_distance(weights):
-    """Mean over queries i of sum_j weights(i, j) |i - j|, in tokens (Dosovitskiy et al. 2020): [..., tokens, tokens] to [...]."""
+    """Mean over queries i of sum_j weights(i, j) |i - j| in tokens (Dosovitskiy et al. 2020), [..., tokens, tokens]."""
     position = torch.arange(weights.shape[-1], device=weights.device)
     distance = (position[:, None] - position).abs()
     return (weights * distance).sum(-1).mean(-1)
 
 
 @torch.no_grad()
-def attention_distances(model, windows, chunk_size=25):
-    """Mean attention distance in tokens of every head: [windows, blocks, heads], NaN where a block has fewer heads.
-
-    Computed block by block and `chunk_size` windows at a time, so that one block's weights are in memory, not all.
-    """
+def attention_distances(model, windows):
+    """Attention distance in tokens of every head: [windows, blocks, heads], nan where a block has fewer heads."""
+    returns_to_go, states, actions, timesteps, _ = windows
+    x = model.embed(returns_to_go, states, actions, timesteps)
     most_heads = max(block.attn.n_head for block in model.transformer.h)
     distances = []
-    for chunk in zip(*(x.split(chunk_size) for x in windows)):
-        x = model.transformer.drop(model.embed(*chunk))
-        per_block = []
-        for block in model.transformer.h:
-            heads = mean_distance(attention_weights(block.attn, block.ln_1(x)))  # [chunk, heads]
-            per_block.append(F.pad(heads, (0, most_heads - heads.shape[1]), value=math.nan))
-            x = block(x)
-        distances.append(torch.stack(per_block, dim=1))
-    return torch.cat(distances).cpu().numpy()
+    for block in model.transformer.h:
+        heads = mean_distance(attention_weights(block.attn, block.ln_1(x)))
+        distances.append(F.pad(heads, (0, most_heads - block.attn.n_head), value=math.nan))
+        x = block(x)
+    return torch.stack(distances, dim=1).cpu().numpy()
 
 
-def measure_attention(run_folder, args):
-    """Attention distances after each of args.attention_epochs on the same windows: {epoch: [windows, blocks, heads]}.
-
-    Read from the run's checkpoints; also written to attention_distance.npz.
-    """
-    data = load_data(args, make_env(args, 1))
-    full = torch.nonzero(data.episode_ends - torch.arange(len(data.states), device=args.device) >= ATTENTION_CONTEXT)[:, 0]
-    if len(full) == 0:
-        stop(f"the data set {args.dataset} has no episode of {ATTENTION_CONTEXT} steps; --attention-windows 0 goes without.")
-    pick = torch.randint(len(full), (args.attention_windows,), generator=torch.Generator().manual_seed(args.seed))
-    windows = data.windows(full[pick.to(args.device)], ATTENTION_CONTEXT)[:4]
-    distances = {}
-    for epoch in tqdm(args.attention_epochs, desc="attention distance", unit="epoch"):
-        path = run_folder / "checkpoints" / f"epoch_{epoch}.pt"
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        distances[epoch] = attention_distances(rebuild_model(checkpoint, args.device), windows)
-    save(
-        run_folder / "attention_distance.npz",
-        lambda file: np.savez(file, **{f"distance_epoch_{epoch}": values for epoch, values in distances.items()}),
-    )
-    return distances
-
-
-# ======================================================================================================================
-# Figures
-# ======================================================================================================================
-def read_run(folder):
-    """Return what the figures and the table need of a finished run."""
-    try:
-        summary, run_args = (json.loads((Path(folder) / name).read_text()) for name in ("summary.json", "args.json"))
-    except (OSError, ValueError) as error:
-        stop(f"{folder} cannot be compared with, it is no folder of a finished run: {first_line(error)}.")
-    same = ("env", "context_length", "seed", "best_normalized_score", "epochs")
-    name = Path(run_args.get("member") or summary["backbone"]).name
-    return dict(name=name, folder=str(folder), **{key: summary[key] for key in same})
-
-
-def curve(run, key):
-    """Epochs and values of what was measured in each epoch, without those in which it was not."""
-    return zip(*[(record["epoch"], record[key]) for record in run["epochs"] if record[key] is not None])
-
-
-def title(args, what):
-    return f"{args.env}, {what}, K = {args.context_length}, seed {args.seed}{', bundled sample' * args.sample}"
-
-
-def plot_curves(runs, args):
-    """Draw return, action error and saturation per epoch; K = 1 solid, longer contexts dashed (the paper's Fig. 8)."""
-    what = f"{args.env}: fine-tuning with K = 1 (solid) and with context (dashed){', bundled sample' * args.sample}"
-    figure = new_figure(what, 13, 3.8)
-    panels = {
-        "return_mean": f"return of {args.num_eval_episodes} episodes",
-        "loss": "mean squared action error",
-        "saturated_fraction": "share of |action| > 0.99",
-    }
-    for axes, (key, label) in zip(figure.subplots(1, len(panels)), panels.items()):
-        for run in runs:
-            style = "-" if run["context_length"] == 1 else "--"
-            text = f"{run['name']}, K = {run['context_length']}, seed {run['seed']}"
-            axes.plot(*curve(run, key), style, marker="o", markersize=3, color=COLORS[run["name"]], label=text)
-        axes.set(xlabel="epoch", ylabel=label)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=5)
-    return figure
-
-
-def moving_average(values, keep=0.8):
-    """Exponential moving average that keeps 0.8 of the past, from the first value on (section 5.6.1)."""
-    averages = []
-    for value in values:
-        averages.append(value if not averages else keep * averages[-1] + (1 - keep) * value)
-    return averages
-
-
-def plot_blocks(runs, args):
-    """Draw smoothed action error and return per epoch, one line per replaced block, beside the two reference models."""
-    from matplotlib import colormaps
-
-    figure = new_figure(title(args, f"one block of {backbone_name(args.backbone)} in a random model"), 11, 4.2)
-    depth = {run["name"]: int(run["name"].removeprefix("block_")) for run in runs if run["name"].startswith("block_")}
-    panels = {"loss": "mean squared action error", "return_mean": "return"}
-    for axes, (key, label) in zip(figure.subplots(1, 2), panels.items()):
-        for run in runs:
-            epochs, values = curve(run, key)
-            color, style = COLORS[run["name"]], "--"
-            if run["name"] in depth:
-                color, style = colormaps["viridis"](0.95 * depth[run["name"]] / max(1, *depth.values())), "-"
-            axes.plot(epochs, moving_average(values), style, color=color, label=run["name"].replace("_", " "))
-        axes.set(xlabel="epoch", ylabel=f"{label}, moving average 0.8")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.axes[0].legend(frameon=False, ncols=2, fontsize="small")
-    return figure
-
-
-def plot_attention(distances, args):
-    """Draw the gap |d(e) - d(first)| per window and block as boxes, and the mean distance of each head as heat maps."""
-    first, *others = distances
-    what = f"attention distance of {args.member or backbone_name(args.backbone)} on {args.attention_windows} windows"
-    num_panels = len(others) + len(distances)
-    figure = new_figure(title(args, what), 4 * num_panels, 4)
-    axes = figure.subplots(1, num_panels, squeeze=False)[0]
-    boxes, heat_maps = axes[: len(others)], axes[len(others) :]
-    num_blocks = distances[first].shape[1]
-    for panel, epoch in zip(boxes, others):
-        panel.boxplot(gap(distances, epoch), tick_labels=range(num_blocks), flierprops=dict(markersize=2))
-        panel.set(xlabel="block", ylabel="gap in tokens", title=f"|d(epoch {epoch}) - d(epoch {first})| per window")
-    means = [values.mean(axis=0) for values in distances.values()]  # [blocks, heads] each
-    for panel, epoch, mean in zip(heat_maps, distances, means):
-        image = panel.imshow(mean, aspect="auto", vmin=np.nanmin(means), vmax=np.nanmax(means), cmap="viridis")
-        panel.set(xlabel="head", ylabel="block", title=f"mean distance, epoch {epoch}")
-        panel.set(xticks=range(mean.shape[1]), yticks=range(num_blocks))
-    figure.colorbar(image, ax=heat_maps.tolist(), label="tokens")
-    return figure
+def measure_attention(folder, args):
+    """Return the attention distances after each of args.attention_epochs: {epoch: [windows, blocks, heads]}."""
+    device = find_device(args)
+    data = OfflineData(args, make_env(args, 1), device)
+    remaining = data.episode_ends.cpu() - torch.arange(len(data.states))
+    whole = (remaining >= ATTENTION_CONTEXT).nonzero()[:, 0]
+    if len(whole) == 0:
+        stop(f"{args.dataset} has no episode of {ATTENTION_CONTEXT} steps; --attention-windows 0 goes without.")
+    starts = np.random.default_rng(args.seed).choice(whole, args.attention_windows)
+    windows = data.windows(torch.as_tensor(starts, device=device), ATTENTION_CONTEXT)
+    checkpoints = {epoch: folder / f"epoch_{epoch}.pt" for epoch in args.attention_epochs}
+    return {e: attention_distances(load_model(path, device)[0], windows) for e, path in checkpoints.items()}
 
 
 def gap(distances, epoch):
-    """Change of each window's attention distance, mean over heads, since the first measured epoch: [windows, blocks]."""
+    """Change of each window's attention distance, mean over heads, since the first epoch: [windows, blocks]."""
     first = next(iter(distances))
     return np.abs(np.nanmean(distances[epoch], axis=2) - np.nanmean(distances[first], axis=2))
 
 
 # ======================================================================================================================
-# Video: one episode of the best and of the last model
+# Figures
 # ======================================================================================================================
-def make_camera(args):
-    """Return one environment that can be rendered, without a screen too; says what is missing before anything is trained."""
-    if sys.platform == "linux" and not {"MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ):
-        os.environ["MUJOCO_GL"] = "egl"
-    env = make_env(args, 1, render_mode="rgb_array")
-    try:
-        env.reset(seed=[args.seed])
-        env.render()
-    except Exception as error:
-        stop(
-            f"--capture-video cannot render {args.env} here with MUJOCO_GL={os.environ.get('MUJOCO_GL')} ({first_line(error)}); "
-            "install EGL (Debian: libegl1), or OSMesa (libosmesa6) and set MUJOCO_GL=osmesa, or leave --capture-video out."
+def plot_runs(runs, args):
+    """Draw return, action error and saturation per epoch of `runs` [(name, arguments, records)].
+
+    K = 1 is solid, longer contexts are dashed (Fig. 8). Where blocks are replaced, curves are smoothed as in section
+    5.6.1, by a moving average that keeps 0.8 of the past, and the deeper the block, the lighter its colour.
+    """
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    what = f"one block of {args.backbone} in a random model" if args.replace_blocks else "fine-tuning without context"
+    figure.suptitle(f"{args.env}: {what}{', bundled sample' * args.sample}")
+    panels = dict(return_mean="return", loss="mean squared action error", saturated_fraction="share of |action| > 0.99")
+    for axes, (key, label) in zip(figure.subplots(1, 3), panels.items()):
+        for name, run_args, records in runs:
+            values = [record[key] for record in records if record[key] == record[key]]  # no training before epoch 1
+            color = COLORS[name]
+            if args.replace_blocks:
+                values = list(itertools.accumulate(values, lambda mean, value: 0.8 * mean + 0.2 * value))
+            if name.startswith("block_"):
+                color = colormaps["viridis"](int(name.removeprefix("block_")) / len(runs))
+            style = "-o" if run_args.context_length == 1 else "--o"
+            text = f"{name}, K = {run_args.context_length}, seed {run_args.seed}"
+            epochs = range(len(records) - len(values), len(records))
+            axes.plot(epochs, values, style, markersize=3, color=color, label=text)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set(xlabel="epoch", ylabel=label + ", moving average" * bool(args.replace_blocks))
+    figure.legend(*axes.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=5)
+    return figure
+
+
+def plot_attention(distances, name, args):
+    """Draw the gap |d(epoch) - d(first)| per window and block as boxes, and the mean distance of each head."""
+    first, *others = distances
+    figure = Figure(figsize=(4 * (len(others) + len(distances)), 4), layout="constrained")
+    what = f"attention distance of {name or args.backbone} on {args.attention_windows} windows"
+    figure.suptitle(
+        f"{args.env}, {what}, K = {args.context_length}, seed {args.seed}{', bundled sample' * args.sample}"
+    )
+    axes = figure.subplots(1, len(others) + len(distances), squeeze=False)[0]
+    for panel, epoch in zip(axes, others):
+        panel.boxplot(
+            gap(distances, epoch), tick_labels=range(distances[first].shape[1]), flierprops=dict(markersize=2)
         )
-    return env
-
-
-def capture_videos(run_folder, args):
-    """Play the first evaluation episode with the best and the last model; keep it as best.gif, last.gif and in TensorBoard."""
-    import imageio.v3 as imageio
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from torch.utils.tensorboard import SummaryWriter
-
-    env = make_camera(args)
-    steps_per_second = env.metadata.get("render_fps", 30)
-    every = max(1, round(steps_per_second / 25))  # steps from one frame to the next
-    for name, file in (("best", "best"), ("last", f"epoch_{args.num_epochs}")):
-        checkpoint = torch.load(run_folder / "checkpoints" / f"{file}.pt", map_location=args.device, weights_only=True)
-        normalization = SimpleNamespace(state_mean=checkpoint["state_mean"], state_std=checkpoint["state_std"])
-        frames = []
-
-        def film(step):
-            if step % every == 0:
-                frames.append(env.render()[0][::2, ::2])
-
-        with autocast(args):
-            evaluate(rebuild_model(checkpoint, args.device), env, normalization, args, [args.seed], film)
-        gif = imageio.imwrite("<bytes>", np.stack(frames), extension=".gif", duration=1000 * every / steps_per_second, loop=0)
-        save(run_folder / f"{name}.gif", lambda file: file.write(gif))
-        height, width, _ = frames[0].shape
-        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
-        with SummaryWriter(run_folder) as writer:
-            writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=f"video/{name}", image=image)]), checkpoint["step"])
-    env.close()
+        panel.set(xlabel="block", ylabel="gap in tokens", title=f"|d(epoch {epoch}) - d(epoch {first})| per window")
+    means = {epoch: values.mean(axis=0) for epoch, values in distances.items()}  # [blocks, heads] each
+    color_range = dict(vmin=min(map(np.nanmin, means.values())), vmax=max(map(np.nanmax, means.values())))
+    for panel, (epoch, mean) in zip(axes[len(others) :], means.items()):
+        image = panel.imshow(mean, aspect="auto", cmap="viridis", **color_range)
+        panel.set(xlabel="head", ylabel="block", title=f"mean distance, epoch {epoch}")
+        panel.set(xticks=range(mean.shape[1]), yticks=range(len(mean)))
+    figure.colorbar(image, ax=list(axes[len(others) :]), label="tokens")
+    return figure
 
 
 # ======================================================================================================================
 # Experiment
 # ======================================================================================================================
-def check(args):
-    """Resolve and check the arguments that only this script has."""
-    if args.attention_epochs is None:
-        args.attention_epochs = (0, min(4, args.num_epochs))
-    args.attention_epochs = tuple(dict.fromkeys(args.attention_epochs)) if args.attention_windows > 0 else ()
-    beyond = [epoch for epoch in args.attention_epochs if not 0 <= epoch <= args.num_epochs]
-    if beyond:
-        stop(f"--attention-epochs {beyond[0]} is not between 0 and --num-epochs {args.num_epochs}.")
-    args.save_epochs = tuple(sorted({*args.save_epochs, *args.attention_epochs}))
-    if args.replace_blocks and args.backbone in ("random", "random-gpt2"):
-        stop("--replace-blocks takes blocks from a pre-trained --backbone, such as gpt2 or igpt.")
-    for folder in args.compare:
-        read_run(folder)
-
-
-def members(args):
-    """The runs of this experiment: one, or the two references and one per replaced block."""
-    if not args.replace_blocks:
-        return [""]
-    config, _, _ = load_backbone(args)
-    n_embd, n_layer = args.n_embd or config.n_embd, args.n_layer or config.n_layer
-    blocks = range(min(n_layer, config.n_layer)) if "all" in args.replace_blocks else args.replace_blocks
-    if n_embd != config.n_embd:
-        stop(f"the blocks of {args.backbone} are {config.n_embd} wide, but the model {n_embd}; leave out --n-embd.")
-    for index in blocks:
-        if not 0 <= index < min(n_layer, config.n_layer):
-            stop(f"there is no block {index} to replace: {args.backbone} has {config.n_layer} blocks and the model {n_layer}.")
-    return ["random", args.backbone, *(f"block_{index}" for index in blocks)]
-
-
-def print_comparison(runs):
-    """Print a table like the paper's Table 2."""
-    row = "{:<20} {:>3} {:>5} {:>11} {:>11} {:>10} {:>15}".format
-    print("\n" + row("run", "K", "seed", "best score", "last score", "last loss", "last saturated"))
-    for run in runs:
-        last = run["epochs"][-1]
-        scores = [show(score, ".1f") for score in (run["best_normalized_score"], last["normalized_score"])]
-        loss, saturated = f"{last['loss']:.4f}", f"{last['saturated_fraction']:.0%}"
-        print(row(run["name"], run["context_length"], run["seed"], *scores, loss, saturated))
-
-
 if __name__ == "__main__":
-    args = resolve(parse_arguments())
-    check(args)
-    study = Path(args.resume or f"runs/{args.run_name}")
-    study = study.parent if args.resume and args.member else study
-    if study.exists() and not args.resume:
-        stop(f"{study} already exists; choose another --run-name, or go on with it by --resume.")
-    folders = {member: study / Path(member).name for member in members(args)}
-    distances_of = {}
-    if args.capture_video and RANK == 0:
-        make_camera(args).close()
-    with process_group(), explained(args):
-        for member, run_folder in folders.items():
-            member_args = replace(args, member=member)
-            train(member_args, run_folder)
-            if RANK == 0 and args.capture_video:
-                capture_videos(run_folder, member_args)
-            if RANK == 0 and args.attention_epochs:
-                distances = distances_of[member] = measure_attention(run_folder, member_args)
-                save_figure(plot_attention(distances, member_args), run_folder, "attention_distance", max(distances))
-        if RANK == 0:
-            runs = [read_run(folder) for folder in [*folders.values(), *args.compare]]
-            name, plot = ("block_replacement", plot_blocks) if args.replace_blocks else ("learning_curve", plot_curves)
-            save_figure(plot(runs, args), study, name, args.num_epochs)
-            attention = {
-                member or "attention": {
-                    "distance": {epoch: values.mean(axis=0) for epoch, values in distances.items()},
-                    "gap": {epoch: gap(distances, epoch) for epoch in distances},
-                }
-                for member, distances in distances_of.items()
-            }
-            save_json(study / "results.json", {"runs": runs, "attention_distance": attention})
-            print_comparison(runs)
-            files = f"results.json, {name}.png{', attention_distance.png' * bool(attention)}"
-            print(f"\n{study}: {files}; or: tensorboard --logdir runs")
+    args, folder = parse_arguments()
+    args.attention_epochs = tuple(sorted({min(epoch, args.num_epochs) for epoch in args.attention_epochs}))
+    args.save_epochs = (*args.save_epochs, *args.attention_epochs)
+    compared = [read_run(other) for other in args.compare]
+    names = runs_to_train(args)
+    try:
+        for name, load in names.items():
+            train(args, folder / name, load)
+    except KeyboardInterrupt:
+        stop(f"Interrupted; go on with: python {SCRIPT}.py --resume {folder}", status=130)
+    if RANK > 0:
+        sys.exit()
+
+    attention = []
+    for name in names if args.attention_windows > 0 else ():
+        distances = measure_attention(folder / name, args)
+        save_figure(plot_attention(distances, name, args), folder / name / "attention_distance.png", args.num_epochs)
+        for epoch, values in distances.items():
+            for block, heads in enumerate(values.mean(axis=0)):
+                median_gap = np.median(gap(distances, epoch)[:, block])
+                attention.append(
+                    dict(run=name, epoch=epoch, block=block, distance_per_head=heads, median_gap=median_gap)
+                )
+
+    runs = [(name or args.backbone, *read_run(folder / name)[:2]) for name in names]
+    runs += [(Path(run_args.backbone).name, run_args, records) for run_args, records, _ in compared]
+    figure_name = "block_replacement.png" if args.replace_blocks else "no_context.png"
+    save_figure(plot_runs(runs, args), folder / figure_name, args.num_epochs)
+    rows = []
+    for name, run_args, records in runs:
+        scores = [record["normalized_score"] for record in records]
+        last = dict(last_loss=records[-1]["loss"], last_saturated=records[-1]["saturated_fraction"])
+        row = dict(
+            run=name, K=run_args.context_length, seed=run_args.seed, best_score=max(scores[1:]), last_score=scores[-1]
+        )
+        rows.append(row | last)
+    save_json(folder / "results.json", dict(runs=rows, attention_distance=attention))
+    print_table(
+        rows, dict(run="", K="d", seed="d", best_score=".1f", last_score=".1f", last_loss=".4f", last_saturated=".0%")
+    )
+    print(f"{folder}: results.json, {figure_name}, attention_distance.png; or: tensorboard --logdir runs")

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 import warnings
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -110,8 +110,8 @@ TASKS = {
     "HalfCheetah": ("mujoco/halfcheetah/medium-v0", 6000, -280.178953, 12135.0),
     "Walker2d": ("mujoco/walker2d/medium-v0", 5000, 1.629008, 4592.3),
 }
-COLORS = {"gpt2": "#0072B2", "igpt": "#D55E00", "igpt-as-gpt2": "#E69F00"}  # Okabe and Ito's palette
-COLORS |= {"random": "#555555", "random-gpt2": "#009E73", "other": "#CC79A7"}
+COLORS = defaultdict(lambda: "#CC79A7", {"random": "#555555", "random-gpt2": "#009E73"})  # Okabe and Ito's palette
+COLORS |= {"gpt2": "#0072B2", "igpt": "#D55E00", "igpt-as-gpt2": "#E69F00"}
 
 
 def stop(message, status=2):
@@ -592,7 +592,7 @@ def train(args, folder, load=load_backbone):
     step, records, history = start["step"], start["records"], start["history"]
 
     model.to(device)
-    epsilon = 1e-6 if weights else 1e-8  # as the reference has it
+    epsilon = 1e-6 if "ln_f.weight" in weights else 1e-8  # as in the reference, where one replaced block does not count
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, eps=epsilon, fused=True)
     if records:
         optimizer.load_state_dict(start["optimizer"])
@@ -673,7 +673,7 @@ def plot_learning_curve(folder):
         lines = records if name == "return_mean" else history
         std = [line["return_std"] for line in lines] if name == "return_mean" else None
         steps, values = [line["step"] for line in lines], [line[name] for line in lines]
-        axes.errorbar(steps, values, std, color=COLORS.get(args.backbone, COLORS["other"]), capsize=3)
+        axes.errorbar(steps, values, std, color=COLORS[args.backbone], capsize=3)
         axes.set(xlabel="training step", ylabel=label, ylim=(0, None))
     if args.max_grad_norm:
         axes.axhline(args.max_grad_norm, color="black", linestyle="--", label="clipping threshold")
