@@ -260,8 +260,8 @@ class OfflineData:
             columns = [np.concatenate(column, dtype=np.float32, casting="same_kind") for column in zip(*episodes)]
             assert all(np.isfinite(column).all() for column in columns), "it has non-finite numbers"
             states, actions, rewards = columns
-            for x, space in ((states, env.single_observation_space), (actions, env.single_action_space)):
-                assert x.shape[1:] == space.shape, f"it has dimensions {x.shape[1:]}, {args.env} has {space.shape}"
+            for x, shape in zip(columns, (env.single_observation_space.shape, env.single_action_space.shape, ())):
+                assert x.shape[1:] == shape, f"it has dimensions {x.shape[1:]} where {args.env} has {shape}"
 
         ends = np.cumsum(lengths)
         returns_to_go = [r[::-1].cumsum(dtype=np.float64)[::-1] for r in np.split(rewards, ends[:-1])]  # undiscounted
@@ -785,7 +785,7 @@ def new_figure(results, what, width, height):
 
 def plot_windows(results, args):
     """Gradient norms of single windows before and after clipping, and the cosines of pairs (section 5.4)."""
-    what = f"gradients of {args.norm_windows} single windows, cosines of {args.confusion_windows}"
+    what = f"{args.norm_windows} single windows; lowest cosine among {args.confusion_windows}: gradient confusion"
     figure = new_figure(results, what, 5 + 3 * len(results), 4.5)
     panels = dict(
         norm_before="gradient norm", norm_after="gradient norm after clipping", cosines="cosine of two windows"
@@ -799,7 +799,6 @@ def plot_windows(results, args):
         axes.set(ylabel=label, yscale="linear" if key == "cosines" else "log")
         for level in {0} if key == "cosines" else {result["clip"] for result in results} - {0}:
             axes.axhline(level, color="black", linestyle="--", linewidth=1)
-    axes.set_title("whiskers to the extremes: the lowest is gradient confusion", fontsize="medium")
     return figure
 
 

@@ -275,8 +275,8 @@ class OfflineData:
             columns = [np.concatenate(column, dtype=np.float32, casting="same_kind") for column in zip(*episodes)]
             assert all(np.isfinite(column).all() for column in columns), "it has non-finite numbers"
             states, actions, rewards = columns
-            for x, space in ((states, env.single_observation_space), (actions, env.single_action_space)):
-                assert x.shape[1:] == space.shape, f"it has dimensions {x.shape[1:]}, {args.env} has {space.shape}"
+            for x, shape in zip(columns, (env.single_observation_space.shape, env.single_action_space.shape, ())):
+                assert x.shape[1:] == shape, f"it has dimensions {x.shape[1:]} where {args.env} has {shape}"
 
         ends = np.cumsum(lengths)
         returns_to_go = [r[::-1].cumsum(dtype=np.float64)[::-1] for r in np.split(rewards, ends[:-1])]  # undiscounted
@@ -986,36 +986,35 @@ def similarity(result, token):
 
 def plot_cka(results, args):
     """CKA of every layer before and after fine-tuning over depth, LayerNorms marked (section 5.1)."""
-    figure = new_figure(results, f"CKA before and after fine-tuning, {args.cka_windows} windows", 15, 4.5)
+    figure = new_figure(
+        results, f"CKA before and after fine-tuning, {args.cka_windows} windows; diamonds: LayerNorms", 15, 4.5
+    )
     num_blocks = min(result["num_blocks"] for result in results)
     names = layer_names(num_blocks)
     depth = (np.arange(len(names)) + 0.5) / len(names)
     norms = [i for i, name in enumerate(names) if ".ln_" in name]
     for axes, token in zip(figure.subplots(1, 3, sharey=True), TOKENS):
         for result in results:
-            color = COLORS[result["backbone"]]
-            values = align(similarity(result, token), num_blocks)
+            values, color = align(similarity(result, token), num_blocks), COLORS[result["backbone"]]
             axes.plot(depth, values, ".-", color=color, label=result["run"], linewidth=1)
             axes.plot(depth[norms], values[norms], "D", color=color, markersize=5)
         axes.axhline(args.cka_threshold, color="black", linestyle="--", linewidth=0.8)
         axes.set(title=f"{token} token of the last step", xlabel="depth, 0 first layer, 1 last")
-    axes.plot([], [], "D", color="black", markersize=5, label="LayerNorm")
     figure.axes[0].set_ylabel("linear CKA, debiased")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     return figure
 
 
-def plot_heat_maps(results, args, token):
+def plot_heat_maps(results, token):
     """CKA of all layers with all layers: of each model before and after, and between the fine-tuned ones (App. D)."""
     panels = [(a, a, when) for when in ("before", "after") for a in results]
     panels += [(a, b, "after") for a, b in itertools.combinations(results, 2)]
     columns = max(len(results), 2)
     rows = math.ceil(len(panels) / columns)
-    what = f"CKA of all layers, {token} token of the last step, {args.cka_windows} windows"
-    figure = new_figure(results, what, 4 * columns + 1, 3.8 * rows + 0.8)
+    figure = new_figure(results, f"CKA of all layers at the last {token} token", 4 * columns + 1, 3.8 * rows + 0.8)
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, (a, b, when) in zip(grid, panels):
-        values = cka(a["grams"][when, token], b["grams"][when, token])
+        values = cka(a["grams"][when, token], b["grams"][when, token]).numpy()
         image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", origin="lower")
         axes.set(title=f"{when} fine-tuning", xlabel=f"layer of {b['run']}", ylabel=f"layer of {a['run']}")
     for unused in grid[len(panels) :]:
@@ -1029,7 +1028,7 @@ def select(answers, **properties):
     return [a for a in answers if all(a[name] == value for name, value in properties.items())]
 
 
-def plot_information(results, information, estimate, settings):
+def plot_mutual_information(results, information, estimate, settings):
     """Information over the position of the token, in a shallow, a middle and a deep block (Fig. 2)."""
     figure = new_figure(results, f"information about input X and label Y\n{settings}", 14, 8)
     grid, last = figure.subplots(2, 3, sharex=True, sharey="row"), results[0]["K"] - 1
@@ -1041,21 +1040,20 @@ def plot_information(results, information, estimate, settings):
             for axes, block in zip(panels, sorted({a["block"] for a in answers})):
                 for token, marker in dict(zip(TOKENS, "^ox")).items():
                     points = select(answers, control=False, block=block, token=token)
-                    values = np.array([a[estimate] for a in points]).reshape(len(points), -1)  # [steps, repeats]
                     steps = [a["step"] - last for a in points]
+                    mean, std = ([over_repeats(a[estimate]) for a in points] for over_repeats in (np.mean, np.std))
                     style = dict(color=color, marker=marker, linewidth=0.6, label=f"{result['run']}, {token}")
-                    axes.errorbar(steps, values.mean(1), values.std(1), **style)
+                    axes.errorbar(steps, mean, std, **style)
                 (control,) = select(answers, control=True, block=block)
                 axes.axhline(np.mean(control[estimate]), color=color, linestyle="--", linewidth=1)
-    for axes, depth in zip(grid[0], ("shallow", "middle", "deep")):
-        axes.set_title(f"{depth} block")
-    for axes in grid[-1]:
-        axes.set_xlabel("time step of the token, 0 the last")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=9, frameon=False)
+    for top, bottom, depth in zip(*grid, ("shallow", "middle", "deep")):
+        top.set_title(f"{depth} block")
+        bottom.set_xlabel("time step of the token, 0 the last")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=9, frameon=False)
     return figure
 
 
-def plot_no_context(results, information, estimate, settings):
+def plot_information_per_block(results, information, estimate, settings):
     """Information about the same step's state and action in every block, mean and spread over the steps (App. E)."""
     figure = new_figure(results, f"information about the same step\n{settings}", 12, 4.5)
     formulas = {"I(X;T)": "I(s_t; T(s_t))", "I(Y;T)": "I(a_t; T(s_t))"}
@@ -1073,7 +1071,7 @@ def plot_no_context(results, information, estimate, settings):
     return figure
 
 
-def plot_data_information(results, information, estimate, settings):
+def plot_information_in_data(results, information, estimate, settings):
     """Information between action and state or return-to-go of the same step, one point per step (App. H.2)."""
     figure = new_figure(results, f"information in the data\n{settings}", 7, 4.5)
     axes = figure.subplots()
@@ -1125,7 +1123,7 @@ if __name__ == "__main__":
     figures, cka_rows, mine_rows = {}, [], []
     if args.cka_windows:
         figures["cka_before_after"] = plot_cka(results, args)
-        figures |= {f"cka_heat_maps_{token}": plot_heat_maps(results, args, token) for token in TOKENS}
+        figures |= {f"cka_heat_maps_{token}": plot_heat_maps(results, token) for token in TOKENS}
         for result, token in itertools.product(results, TOKENS):
             layers = dict(zip(layer_names(result["num_blocks"]), similarity(result, token)))
             above = [name for name, value in layers.items() if value > args.cka_threshold]
@@ -1137,7 +1135,7 @@ if __name__ == "__main__":
     if args.mine_windows:
         estimate, read_off = ("training", "training") if args.mine_paper_settings else ("held_out", "held-out")
         settings = f"MINE, {args.mine_windows} windows, {args.mine_passes} passes, {read_off}; dashed: data shuffled"
-        for plot in (plot_information, plot_no_context, plot_data_information):
+        for plot in (plot_mutual_information, plot_information_per_block, plot_information_in_data):
             figures[plot.__name__.removeprefix("plot_")] = plot(results, information, estimate, settings)
         for run, analysis, quantity in dict.fromkeys((a["run"], a["analysis"], a["quantity"]) for a in information):
             key = dict(run=run, analysis=analysis, quantity=quantity)

@@ -259,8 +259,8 @@ class OfflineData:
             columns = [np.concatenate(column, dtype=np.float32, casting="same_kind") for column in zip(*episodes)]
             assert all(np.isfinite(column).all() for column in columns), "it has non-finite numbers"
             states, actions, rewards = columns
-            for x, space in ((states, env.single_observation_space), (actions, env.single_action_space)):
-                assert x.shape[1:] == space.shape, f"it has dimensions {x.shape[1:]}, {args.env} has {space.shape}"
+            for x, shape in zip(columns, (env.single_observation_space.shape, env.single_action_space.shape, ())):
+                assert x.shape[1:] == shape, f"it has dimensions {x.shape[1:]} where {args.env} has {shape}"
 
         ends = np.cumsum(lengths)
         returns_to_go = [r[::-1].cumsum(dtype=np.float64)[::-1] for r in np.split(rewards, ends[:-1])]  # undiscounted

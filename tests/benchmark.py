@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -23,8 +24,8 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-import analyze_repr as ar  # noqa: E402
-import dt_pretrained as dt  # noqa: E402
+import analyze_repr as ar
+import dt_pretrained as dt
 
 
 @dataclass
@@ -47,27 +48,30 @@ class Args:
 class ReleasedModel(torch.nn.Module):
     """The Decision Transformer around transformers' GPT2Model, with attention mask and left padding."""
 
-    def __init__(self, config, state_dim, act_dim):
+    def __init__(self, block, n_layer, state_dim, act_dim):
         super().__init__()
         from transformers import GPT2Config, GPT2Model
 
-        gpt2 = GPT2Config(
-            n_embd=config.n_embd, n_layer=config.n_layer, n_head=config.n_head, activation_function=config.activation,
-            resid_pdrop=0.2, vocab_size=1, bos_token_id=None, eos_token_id=None, attn_implementation="eager",
-        )  # fmt: skip
+        sizes = dict(n_embd=block.n_embd, n_layer=n_layer, n_head=block.n_head, activation_function=block.activation)
+        gpt2 = GPT2Config(**sizes, resid_pdrop=0.2, vocab_size=1, bos_token_id=None, eos_token_id=None)
+        gpt2._attn_implementation = "eager"
         self.transformer = GPT2Model(gpt2)
-        self.embed_timestep = torch.nn.Embedding(1000, config.n_embd)
-        self.embed_return = torch.nn.Linear(1, config.n_embd)
-        self.embed_state = torch.nn.Linear(state_dim, config.n_embd)
-        self.embed_action = torch.nn.Linear(act_dim, config.n_embd)
-        self.embed_ln = torch.nn.LayerNorm(config.n_embd)
+        self.embed_timestep = torch.nn.Embedding(1000, block.n_embd)
+        self.embed_return = torch.nn.Linear(1, block.n_embd)
+        self.embed_state = torch.nn.Linear(state_dim, block.n_embd)
+        self.embed_action = torch.nn.Linear(act_dim, block.n_embd)
+        self.embed_ln = torch.nn.LayerNorm(block.n_embd)
 
     def forward(self, states, actions, returns_to_go, timesteps, mask):
         batch, length = mask.shape
-        tokens = torch.stack((self.embed_return(returns_to_go), self.embed_state(states), self.embed_action(actions)), dim=1)
+        tokens = torch.stack(
+            (self.embed_return(returns_to_go), self.embed_state(states), self.embed_action(actions)), dim=1
+        )
         tokens = self.embed_ln(tokens.permute(0, 2, 1, 3).reshape(batch, 3 * length, -1))
         tokens = tokens + self.embed_timestep(timesteps).repeat_interleave(3, dim=1)
-        hidden = self.transformer(inputs_embeds=tokens, attention_mask=mask.repeat_interleave(3, dim=1), use_cache=False)
+        hidden = self.transformer(
+            inputs_embeds=tokens, attention_mask=mask.repeat_interleave(3, dim=1), use_cache=False
+        )
         hidden = hidden.last_hidden_state.reshape(batch, length, 3, -1)[:, :, 1]
         return torch.tanh(F.linear(hidden, self.embed_action.weight.T))
 
@@ -117,11 +121,11 @@ def released_episode(model, args, data, num_steps, seed):
     mean, std = data.state_mean, data.state_std
     states, actions, returns_to_go = [], [], [args.target_return / 1000]
     for t in range(num_steps):
-        states.append((torch.tensor(observation, dtype=torch.float32, device=args.device) - mean) / std)
+        states.append((torch.tensor(observation, dtype=torch.float32, device=data.state_mean.device) - mean) / std)
         last = slice(-args.context_length, None)
-        padded = torch.stack([*actions, torch.zeros(data.actions.shape[1], device=args.device)])[last][None]
-        R = torch.tensor(returns_to_go, dtype=torch.float32, device=args.device)[last][None, :, None]
-        timesteps = torch.arange(t + 1, device=args.device)[last][None]
+        padded = torch.stack([*actions, torch.zeros(data.actions.shape[1], device=data.state_mean.device)])[last][None]
+        R = torch.tensor(returns_to_go, dtype=torch.float32, device=data.state_mean.device)[last][None, :, None]
+        timesteps = torch.arange(t + 1, device=data.state_mean.device)[last][None]
         actions.append(model(torch.stack(states)[last][None], padded, R, timesteps, torch.ones_like(timesteps))[0, -1])
         observation, reward, terminated, truncated, _ = env.step(actions[-1].cpu().numpy())
         returns_to_go.append(returns_to_go[-1] - reward / 1000)
@@ -135,9 +139,9 @@ def released_episode(model, args, data, num_steps, seed):
 # ---------------------------------------------------------------------------------------------------------------
 def median_seconds(step, warmup, repeats, device):
     """Median time of one call, the device's work included."""
-    synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     times = []
-    for i in range(warmup + repeats):
+    for _ in range(warmup + repeats):
         synchronize()
         start = time.perf_counter()
         step()
@@ -149,33 +153,28 @@ def median_seconds(step, warmup, repeats, device):
 def mine_seconds(device, count, alone, width, passes):
     """Seconds per estimator of I(state; T), `alone` of them trained one at a time and `count` side by side."""
     generator = torch.Generator().manual_seed(0)
-    x = list(torch.randn(4, 2 * ar.Args.mine_windows, 17, generator=generator))
-    t = list(torch.randn(4, 2 * ar.Args.mine_windows, width, generator=generator))
+    x = torch.randn(4, 2 * ar.Args.mine_windows, 17, generator=generator)
+    t = torch.randn(4, 2 * ar.Args.mine_windows, width, generator=generator)
     seconds = []
     for number, group in ((alone, 1), (count, count)):
-        args = ar.Args(device=device, mine_repeats=1, mine_passes=passes, mine_group=group)
-        pairs = [(i % 4, i // 4 % 4) for i in range(number)]
-        ar.mutual_information(x, t, pairs[:group], replace(args, mine_passes=1))  # warm-up
+        args = ar.Args(mine_repeats=1, mine_passes=passes, mine_group=group)
+        pairs = [(x[i % 4], t[i // 4 % 4]) for i in range(number)]
+        ar.mutual_information(pairs[:group], replace(args, mine_passes=1), device)  # warm-up
         start = time.perf_counter()
-        ar.mutual_information(x, t, pairs, args)  # ends with the estimates on the CPU
+        ar.mutual_information(pairs, args, device)  # ends with the estimates on the CPU
         seconds.append((time.perf_counter() - start) / number)
     return seconds
 
 
 def main(options):
     small = options.size == "small"
-    args = dt.resolve(
-        dt.Args(
-            backbone="random-gpt2",
-            env="HalfCheetah-v5",
-            dataset=str(dt.ASSETS / "halfcheetah-medium"),
-            sample=not small,
-            device=options.device,
-            precision=options.precision,
-            num_eval_episodes=100 if small else 10,
-        )  # fmt: skip
+    args = dt.Args(
+        backbone="random-gpt2", env="HalfCheetah-v5", dataset="sample/halfcheetah/medium-v0", sample=not small
     )
-    on_gpu = args.device.startswith("cuda")
+    args = replace(args, device=options.device, precision=options.precision, target_return=6000.0)
+    args.num_eval_episodes = 100 if small else 10
+    device = dt.find_device(args)
+    on_gpu = device.type == "cuda"
     repeats = options.steps or (50 if on_gpu else 10)
     eval_steps = options.eval_steps or (1000 if on_gpu else 100)
     device_name = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
@@ -183,35 +182,30 @@ def main(options):
 
     start = time.perf_counter()
     env = dt.make_env(args, args.num_eval_episodes)
-    data = dt.load_data(args, env)
+    data = dt.OfflineData(args, env, device)
     load_seconds = time.perf_counter() - start
-    episodes, _, _ = dt.read_minari(args.dataset)
+    episodes = dt.read_minari(args.dataset)
     mean, std = data.state_mean.cpu().numpy(), data.state_std.cpu().numpy()
-    config, _, _ = dt.load_backbone(args)
-    print(f"{device_name}; {config.n_layer} blocks, {config.n_embd} wide; batch {args.batch_size}; ours in {args.precision}")
+    blocks, final_norm, _, _ = dt.load_backbone(args)
+    shape = (data.states.shape[1], data.actions.shape[1])
+    print(f"{device_name}; {len(blocks)} blocks, {blocks[0].n_embd} wide; batch {args.batch_size}")
     print(f"environments and {len(data.states):,} steps of data loaded in {load_seconds:.1f} s")
 
     torch.manual_seed(0)
     for K in (20, 1):
         args.context_length = K
-        released = ReleasedModel(config, data.states.shape[1], data.actions.shape[1]).to(args.device)
+        released = ReleasedModel(blocks[0], len(blocks), *shape).to(device)
         optimizer, rng = torch.optim.AdamW(released.parameters(), 1e-4), np.random.default_rng(0)
-        theirs = median_seconds(
-            lambda: released_step(released, optimizer, episodes, mean, std, args.batch_size, K, args.device, rng),
-            3,
-            repeats,
-            args.device,
-        )
-        model = dt.DecisionTransformer(config, data.states.shape[1], data.actions.shape[1], 1000).to(args.device)
-        learning_rate = torch.tensor(1e-4, device=args.device)
+        inputs = (released, optimizer, episodes, mean, std, args.batch_size, K, device, rng)
+        theirs = median_seconds(partial(released_step, *inputs), 3, repeats, device)
+        model = dt.DecisionTransformer(blocks, final_norm, *shape, 1000).to(device)
+        learning_rate = torch.tensor(1e-4, device=device)
         optimizer = torch.optim.AdamW(model.parameters(), learning_rate, fused=True, capturable=on_gpu)
-        training_step = dt.TrainingStep(model, optimizer, data, args)
-        generator = torch.Generator().manual_seed(0)
-
-        def step():
-            training_step(torch.randint(len(data.states), (args.batch_size,), generator=generator).to(args.device))
-
-        ours = median_seconds(step, 10 if on_gpu else 3, repeats, args.device)
+        loss_function = torch.compile(dt.training_loss) if on_gpu else dt.training_loss
+        training_step = partial(dt.training_step, loss_function, model, optimizer, data, args)
+        training_step = dt.RecordedStep(training_step) if on_gpu else training_step
+        starts = torch.randint(len(data.states), (args.batch_size,), device=device)
+        ours = median_seconds(partial(training_step, starts), 10 if on_gpu else 3, repeats, device)
         rows.append((f"training step, K = {K}", theirs * 1e3, ours * 1e3, "ms"))
         if K == 20:
             released.eval()
@@ -223,13 +217,12 @@ def main(options):
     args.context_length = 20
     env.spec.max_episode_steps = eval_steps
     start = time.perf_counter()
-    with dt.autocast(args):
-        _, lengths = dt.evaluate(evaluated, env, data, args, list(range(args.num_eval_episodes)))
+    _, lengths = dt.evaluate(evaluated, env, data, args)
     ours_evaluation = (time.perf_counter() - start) / lengths.sum()
     rows.append(("evaluation, one environment step, K = 20", theirs_evaluation * 1e3, ours_evaluation * 1e3, "ms"))
 
     count, alone, passes = (360, 10, 20) if on_gpu else (12, 3, 5)
-    alone_seconds, together_seconds = mine_seconds(args.device, count, alone, config.n_embd, passes)
+    alone_seconds, together_seconds = mine_seconds(device, count, alone, blocks[0].n_embd, passes)
     rows.append((f"MINE, one estimator of {count}, {passes} passes", alone_seconds * 1e3, together_seconds * 1e3, "ms"))
 
     print(f"\n{'median':<42}{'released way':>14}{'ours':>14}{'ratio':>9}")

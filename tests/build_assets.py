@@ -87,7 +87,7 @@ def build_data(env_name, first_seed, min_steps):
         progress.update(len(episode.rewards))
     progress.close()
 
-    folder = ASSETS / f"{env_name.lower()}-medium"
+    folder = ASSETS / "minari" / "sample" / env_name.lower() / "medium-v0"
     shutil.rmtree(folder, ignore_errors=True)
     with tempfile.TemporaryDirectory() as root:
         os.environ["MINARI_DATASETS_PATH"] = root
@@ -100,9 +100,8 @@ def build_data(env_name, first_seed, min_steps):
         shutil.copytree(Path(root) / "sample" / env_name.lower() / "medium-v0", folder)
     compress(folder / "data" / "main_data.hdf5")
     returns = [sum(episode.rewards) for episode in episodes]
-    print(
-        f"{folder.name}: {len(episodes)} episodes, {total_steps} steps, return {np.mean(returns):.0f} ± {np.std(returns):.0f}"
-    )
+    mean_and_deviation = f"{np.mean(returns):.0f} ± {np.std(returns):.0f}"
+    print(f"{env_name}: {len(episodes)} episodes, {total_steps} steps, return {mean_and_deviation}")
 
 
 def compress(path):
@@ -137,7 +136,9 @@ def read_text():
             if re.match(r"\d{8} ", line):  # the licence at the top of the file has no such number
                 fields, _, gloss = line.partition(" | ")
                 fields = fields.split()
-                words = [re.sub(r"\(.*\)", "", word).replace("_", " ") for word in fields[4 : 4 + 2 * int(fields[3], 16) : 2]]
+                words = [
+                    re.sub(r"\(.*\)", "", word).replace("_", " ") for word in fields[4 : 4 + 2 * int(fields[3], 16) : 2]
+                ]
                 glosses.append(f"{', '.join(words)}: {gloss.strip()}")
         documents += ["\n".join(glosses[i : i + 50]) for i in range(0, len(glosses), 50)]
     return documents
@@ -153,11 +154,13 @@ def build_text(train_steps, seed):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     end = "<|endoftext|>"
-    trainer = trainers.BpeTrainer(vocab_size=2048, special_tokens=[end], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=2048, special_tokens=[end], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
     tokenizer.train_from_iterator(documents, trainer)
     encoded = [encoding.ids + [0] for encoding in tokenizer.encode_batch(documents)]
     held_out = len(encoded) // 20
-    test, train = (torch.tensor(sum(part, [])) for part in (encoded[:held_out], encoded[held_out:]))
+    test, train = (torch.tensor([*itertools.chain(*part)]) for part in (encoded[:held_out], encoded[held_out:]))
     print(f"text: {sum(map(len, documents)) / 1e6:.1f} M characters, {len(train) / 1e6:.2f} M training tokens")
 
     torch.manual_seed(seed)
@@ -177,7 +180,9 @@ def build_text(train_steps, seed):
     loss = evaluate(model, windows, causal_loss)
     counts = torch.bincount(test, minlength=2048).double()
     save(model, "text-gpt2")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end).save_pretrained(ASSETS / "text-gpt2")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end).save_pretrained(
+        ASSETS / "text-gpt2"
+    )
     print(f"text-gpt2: held out {loss / math.log(2):.3f} bits a token, unigram entropy {entropy(counts):.3f}")
 
 

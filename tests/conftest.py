@@ -1,8 +1,8 @@
-"""What several test files need: the scripts on the path, small models, and a way to run a script in this process."""
+"""What several test files need: the scripts on the path, small models and runs, and ways to run a script."""
 
 import os
 import runpy
-import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +15,25 @@ ASSETS = ROOT / "tests" / "assets"
 sys.path.insert(0, str(ROOT))
 os.environ.update(TOKENIZERS_PARALLELISM="false", TF_CPP_MIN_LOG_LEVEL="3")
 
-TINY = ["--n-layer", "2", "--n-embd", "32", "--num-epochs", "2", "--steps-per-epoch", "6", "--num-eval-episodes", "2"]
+TINY = ["--sample", "--steps-per-epoch", "6", "--num-eval-episodes", "2", "--batch-size", "8", "--precision", "fp32"]
+SHAPE = dict(state_dim=11, act_dim=3, max_timestep=1000)
+
+
+def sample_args(module, **changes):
+    """Arguments of a script for the bundled Hopper data, as parse_arguments fills them in."""
+    defaults = dict(env="Hopper-v5", dataset="sample/hopper/medium-v0", sample=True, device="cpu", precision="fp32")
+    return module.Args(**defaults | dict(target_return=3600.0) | changes)
+
+
+def make_model(module, backbone, load=None, **shape):
+    """The model that a script would start training from, in evaluation mode."""
+    torch.manual_seed(0)
+    args = sample_args(module)
+    args.backbone = backbone
+    blocks, final_norm, weights, _ = (load or module.load_backbone)(args)
+    model = module.DecisionTransformer(blocks, final_norm, **SHAPE | shape)
+    model.transformer.load_state_dict(model.transformer.state_dict() | weights)
+    return model.eval()
 
 
 @pytest.fixture
@@ -26,21 +44,41 @@ def run_script(tmp_path, monkeypatch, capfd):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         capfd.readouterr()
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        status = 0
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
-            status = 0
         except SystemExit as end:
             status = end.code or 0
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
         output = capfd.readouterr()
         return SimpleNamespace(status=status, out=output.out, err=output.err)
 
     return run
 
 
-@pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(0)
+def start(folder, *arguments, program=("dt_pretrained.py",), **options):
+    """Start `python program arguments` in `folder`, on one thread."""
+    program = [str(ROOT / part) if part.endswith(".py") else part for part in program]
+    return subprocess.Popen(
+        [sys.executable, *program, *map(str, arguments)],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
+    )
+
+
+def finish(process):
+    """Wait for a program; returns its exit status and its output, errors without progress bars."""
+    out, err = process.communicate(timeout=200)
+    assert "Traceback" not in err, err
+    lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip() and "|" not in line]
+    return process.returncode, out, lines
+
+
+def sentence(result, *words):
+    """Check that a script has ended with exit status 2 and one sentence with these words."""
+    lines = [line for line in result.err.replace("\r", "\n").splitlines() if line.strip() and "|" not in line]
+    assert result.status == 2 and len(lines) == 1 and "Traceback" not in result.err, result.err
+    assert all(word in lines[0] for word in words), lines[0]

@@ -1,4 +1,4 @@
-"""Make the tables of the README's results from run folders, so that no number is typed.
+"""Make the tables of the results from run folders, so that no number is typed.
 
     python tests/results_table.py runs/*                      # prints them
     python tests/results_table.py runs/* --readme README.md   # and puts them between its <!-- table --> marks
@@ -24,7 +24,6 @@ PAPER = {
     ("HalfCheetah", 1): {"gpt2": 47.9, "random": 49.2},
     ("Walker2d", 1): {"gpt2": 71.2, "random": 35.6},
 }
-BACKBONES = ("gpt2", "igpt", "igpt-as-gpt2", "random", "random-gpt2")
 
 
 @dataclass
@@ -35,16 +34,33 @@ class Args:
     """file whose <!-- table: name --> marks are filled"""
 
 
-def markdown(columns, rows):
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+def markdown(rows):
+    """Rows [list of dicts with the same keys] as a markdown table, in their order."""
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])] if rows else []
+    return "\n".join(lines + ["| " + " | ".join(map(str, row.values())) + " |" for row in rows])
 
 
-def spread(values, form=".1f"):
+def spread(values, form):
     """Mean ± standard deviation (over n - 1) of the seeds; one value stands alone."""
-    values = [value for value in values if value is not None]
-    text = format(np.mean(values), form) if values else "-"
+    text = format(np.mean(values), form)
     return text + (f" ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else "")
+
+
+def over_seeds(rows, keys, formats):
+    """One row for each combination of `keys`: seeds, and mean ± deviation of the columns of `formats` over them."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    table = []
+    for values, group in sorted(groups.items()):
+        seeds = [row["seed"] for row in group]
+        if len(set(seeds)) < len(seeds):
+            raise SystemExit(
+                f"There are two runs of {', '.join(map(str, values))} with the same seed; give one of them."
+            )
+        line = dict(zip(keys, values), seeds=", ".join(map(str, sorted(seeds))))
+        table.append(line | {name: spread([row[name] for row in group], form) for name, form in formats.items()})
+    return table
 
 
 def read(folders, name):
@@ -53,160 +69,122 @@ def read(folders, name):
 
 
 def score_table(folders):
-    """Table 1 and 2: one row per environment, K and backbone, over seeds."""
-    groups = {}
-    for folder, summary in read(folders, "summary.json").items():
-        args = json.loads((folder / "args.json").read_text())
-        if not args.get("member"):
-            groups.setdefault((summary["env"], summary["context_length"], summary["backbone"]), []).append(summary)
-    order = lambda key: (key[0], -key[1], BACKBONES.index(key[2]) if key[2] in BACKBONES else 9, key[2])  # noqa: E731
+    """Tables 1 and 2: one row per environment, K and backbone."""
     rows = []
-    for env, K, backbone in sorted(groups, key=order):
-        runs = groups[env, K, backbone]
-        if len({run["steps"] for run in runs}) > 1:
-            raise SystemExit(f"error: the runs of {backbone} on {env} with K = {K} differ in length; give those of one length.")
-        if len({run["seed"] for run in runs}) < len(runs):
-            raise SystemExit(
-                f"error: there are two runs of {backbone} on {env} with K = {K} and the same seed; give one of them."
-            )
-        paper = PAPER.get((env.rsplit("-v", 1)[0], K), {}).get(backbone)
-        rows.append(
-            (
-                env, str(K), f"`{backbone}`", ", ".join(str(run["seed"]) for run in runs), f"{runs[0]['steps']:,}",
-                spread([run["epochs"][-1]["loss"] for run in runs], ".3f"),
-                spread([run["best_normalized_score"] for run in runs]), spread([run["final_normalized_score"] for run in runs]),
-                "-" if paper is None else f"{paper:.1f}",
-            )
-        )  # fmt: skip
-    columns = ("environment", "K", "backbone", "seeds", "steps", "last loss", "best score", "last score", "paper, best of 40")
-    return markdown(columns, rows)
+    for summary in read(folders, "summary.json").values():
+        args, records = summary["args"], summary["epochs"]
+        scores = [record["normalized_score"] for record in records]
+        row = {"environment": args["env"], "K": args["context_length"], "backbone": Path(args["backbone"]).name}
+        row |= {"steps": records[-1]["step"], "seed": args["seed"], "last loss": records[-1]["loss"]}
+        rows.append(row | {"best score": max(scores[1:]), "last score": scores[-1]})
+    formats = {"last loss": ".3f", "best score": ".1f", "last score": ".1f"}
+    table = over_seeds(rows, ("environment", "K", "backbone", "steps"), formats)
+    for row in table:
+        paper = PAPER.get((row["environment"].rsplit("-v", 1)[0], row["K"]), {})
+        row["paper, best of 40"] = paper.get(row["backbone"], "-")
+    return table
+
+
+def no_context_results(folders):
+    return [study for study in read(folders, "results.json").values() if "attention_distance" in study]
 
 
 def attention_table(folders):
-    """Section 5.6.2: median gap per block of the K = 1 runs, mean over seeds."""
-    groups = {}
-    for results in read(folders, "results.json").values():
-        measured = isinstance(results, dict) and results.get("attention_distance", {}).get("attention")
-        if measured:
-            (first, _), (last, gaps) = list(measured["gap"].items())[:: len(measured["gap"]) - 1]
-            run = results["runs"][0]
-            seeds = groups.setdefault((run["env"], run["name"], f"{first} and {last}"), {})
-            seeds[run["seed"]] = np.median(gaps, axis=0)
+    """Section 5.6.2: median gap per block of the K = 1 runs."""
     rows = []
-    for (env, name, epochs), seeds in sorted(groups.items(), key=lambda group: (group[0][0], BACKBONES.index(group[0][1]))):
-        gaps = ", ".join(f"{gap:.2f}" for gap in np.mean(list(seeds.values()), axis=0))
-        rows.append((env, f"`{name}`", ", ".join(map(str, sorted(seeds))), epochs, gaps))
-    return markdown(("environment", "backbone", "seeds", "epochs", "median gap per block, tokens"), rows)
+    for folder, study in read(folders, "results.json").items():
+        if "attention_distance" not in study:
+            continue
+        args = json.loads((folder / "args.json").read_text())
+        last = max((row["epoch"] for row in study["attention_distance"]), default=0)
+        for row in study["attention_distance"]:
+            if row["epoch"] == last and not row["run"]:
+                keys = dict(
+                    environment=args["env"], backbone=Path(args["backbone"]).name, epoch=last, seed=args["seed"]
+                )
+                rows.append(keys | dict(block=row["block"], gap=row["median_gap"]))
+    table = {}
+    for row in over_seeds(rows, ("environment", "backbone", "epoch", "block"), dict(gap=".2f")):
+        key = (row["environment"], row["backbone"], row["epoch"])
+        line = dict(environment=key[0], backbone=key[1], epoch=key[2], seeds=row["seeds"])
+        table.setdefault(key, line)[f"gap of block {row['block']}, tokens"] = row["gap"]
+    return list(table.values())
 
 
 def block_table(folders):
-    """Section 5.6.1: the random model with one block replaced, over seeds."""
-    groups = {}
-    for results in read(folders, "results.json").values():
-        if isinstance(results, dict) and any(
-            run["name"].startswith("block_") for run in results.get("runs", []) if "name" in run
-        ):
-            for run in results["runs"]:
-                groups.setdefault(run["name"], []).append(run)
-    rows = [
-        (f"`{name}`", ", ".join(str(run["seed"]) for run in runs), spread([run["epochs"][2]["loss"] for run in runs], ".3f"),
-         spread([run["epochs"][-1]["loss"] for run in runs], ".3f"), spread([run["best_normalized_score"] for run in runs]))
-        for name, runs in groups.items()
-    ]  # fmt: skip
-    return markdown(("model", "seeds", "loss of epoch 2", "last loss", "best score"), rows)
-
-
-def gradient_results(folders, clipping):
-    """What analyze_grads.py found, in studies of clipping (of several thresholds) or in the others."""
-    studies = [results for results in read(folders, "results.json").values() if isinstance(results, list)]
-    return [study for study in studies if (len({r["max_grad_norm"] for r in study}) > 1) == clipping]
-
-
-def clipping_table(folders):
-    """App. G.3: with and without clipping."""
+    """Section 5.6.1: the random model with one block replaced."""
     rows = []
-    for r in sum(gradient_results(folders, clipping=True), []):
-        records = r["records"][1:]
-        losses = " → ".join(f"{record['loss']:.3f}" for record in records)
-        clip = f"{r['max_grad_norm']:g}" if r["max_grad_norm"] else "none"
-        scores = [f"{function(record['normalized_score'] for record in records):.1f}" for function in (max, lambda x: [*x][-1])]
-        rows.append((f"`{r['label']}`", clip, f"{records[-1]['step']:,}", losses, *scores))
-    return markdown(("backbone", "clipping at", "steps", "loss per epoch", "best score", "last score"), rows)
+    for study in no_context_results(folders):
+        if any(run["run"].startswith("block_") for run in study["runs"]):
+            rows += study["runs"]
+    return over_seeds(rows, ("run",), dict(last_loss=".3f", best_score=".1f", last_score=".1f"))
 
 
-def gradient_table(folders):
-    """Sections 5.3 and 5.4."""
-    rows = []
-    for results in gradient_results(folders, clipping=False):
-        for r in results:
-            norms = sum(share for name, share in r["set_shares"].items() if ".ln_" in name)
-            first = sum(share for name, share in r["set_shares"].items() if name.startswith("0.ln_1."))
-            rows.append(
-                (
-                    f"`{r['label']}`", str(r["epoch"]), f"{np.median(r['norm_before']):.2f}", f"{r['clipped_windows']:.0%}",
-                    f"{r['confusion']:.2f}", f"{first:.2%}", f"{norms:.1%}", f"{r['distance']:.1f}",
-                    f"{r['relative_distance']:.2f}", f"{r['cosine']:.3f}",
-                )
-            )  # fmt: skip
-    columns = ("backbone", "epoch", "median gradient norm", "windows clipped", "confusion", "share of `0.ln_1`")
-    columns += ("of all LayerNorms", "l2 distance", "relative", "cosine")
-    return markdown(columns, rows)
+def gradient_tables(folders):
+    """Sections 5.3 and 5.4, and App. G.3 where one study has several thresholds."""
+    rows, clipping = [], []
+    for study in read(folders, "results.json").values():
+        if not isinstance(study, list):
+            continue
+        for r in study:
+            key = dict(backbone=r["backbone"], clip=r["clip"], epoch=r["epoch"])
+            norms = sum(values["share"] for name, values in r["sets"].items() if ".ln_" in name)
+            first = sum(values["share"] for name, values in r["sets"].items() if name.startswith("0.ln_1."))
+            row = {"gradient norm, median": f"{r['median_norm']:.2f}", "confusion": f"{r['confusion']:.2f}"}
+            row |= {"share of 0.ln_1": f"{first:.1%}", "of all LayerNorms": f"{norms:.1%}"}
+            row |= {"l2 distance": f"{r['distance']:.1f}", "relative": f"{r['relative_distance']:.2f}"}
+            rows.append(key | row | {"cosine": f"{r['cosine']:.3f}"})
+            if len({result["clip"] for result in study}) > 1:
+                records = r["records"][1:]
+                losses = " → ".join(f"{record['loss']:.3f}" for record in records)
+                scores = [record["normalized_score"] for record in records]
+                best, last = f"{max(scores):.1f}", f"{scores[-1]:.1f}"
+                clipping.append(key | {"loss per epoch": losses, "best score": best, "last score": last})
+    return rows, clipping
 
 
 def representation_tables(folders):
-    """Sections 5.1 and 5.2, Apps. E and H.2: CKA, and information at the settings of each run."""
+    """Sections 5.1 and 5.2, App. E and H.2: CKA, and information held out / read off the training windows."""
     similarity, information = [], []
-    for results in read(folders, "results.json").values():
-        if not isinstance(results, dict) or "data" not in results:
+    for folder, study in read(folders, "results.json").items():
+        if "cka" not in study:
             continue
-        args = results["args"]
-        settings = "the paper's" if args["mine_paper_settings"] else f"{args['mine_windows']:,} windows"
-        for run in results["runs"]:
-            if "cka" in run:
-                norms = [value for name, value in zip(run["layers"], run["cka"]["state"]) if ".ln_" in name]
-                others = [value for name, value in zip(run["layers"], run["cka"]["state"]) if ".ln_" not in name]
-                means = [f"{np.mean(run['cka'][token]):.2f}" for token in ("return", "state", "action")]
-                similarity.append((f"`{run['name']}`", *means, f"{np.mean(norms):.2f}", f"{np.mean(others):.2f}"))
-        for quantity, run in ((quantity, run) for quantity in ("I(X;T)", "I(Y;T)") for run in results["runs"]):
-            context = [a for a in run["information"] if a["analysis"] == "context" and a["quantity"] == quantity]
-            blocks = sorted({a["block"] for a in context})
-            columns = [[a for a in context if a["block"] == b and not a["control"]] for b in blocks]
-            columns.append([a for a in context if a["control"]])
-            if context:
-                information.append((settings, quantity, f"`{run['name']}`", *map(both_estimates, columns)))
-        for quantity in ("I(s;a)", "I(R;a)"):
-            of_data = [a for a in results["data"] if a["quantity"] == quantity]
-            columns = [[a for a in of_data if a["control"] == control] for control in (False, True)]
-            if of_data:
-                information.append(
-                    (settings, quantity, "the data", *("", both_estimates(columns[0]), "", both_estimates(columns[1])))
-                )
-    columns = ("backbone", "CKA return token", "state token", "action token", "state, LayerNorms", "state, other layers")
-    heads = ("settings", "information", "of", "shallow", "middle", "deep", "data shuffled")
-    return markdown(columns, similarity), markdown(heads, information)
+        args = json.loads((folder / "args.json").read_text())
+        windows = "the paper's settings" if args["mine_paper_settings"] else f"{args['mine_windows']:,} windows"
+        for row in study["cka"]:
+            norms = [value for name, value in row["layers"].items() if ".ln_" in name]
+            others = [value for name, value in row["layers"].items() if ".ln_" not in name]
+            means = {"CKA": row["mean_cka"], "LayerNorms": np.nanmean(norms), "other layers": np.nanmean(others)}
+            similarity.append(dict(run=row["run"], token=row["token"]) | {k: f"{v:.2f}" for k, v in means.items()})
+        groups = {}
+        for a in study["mutual_information"]:
+            key = (windows, a["quantity"], a["analysis"], a["run"])
+            groups.setdefault(key, {True: [], False: []})[a["control"]].append(a)
+        for key, answers in groups.items():
+            row = dict(zip(("settings", "information", "analysis", "of"), key))
+            both = {control: both_estimates(group) for control, group in answers.items()}
+            information.append(row | {"nats": both[False], "data shuffled": both[True]})
+    return similarity, information
 
 
 def both_estimates(answers):
-    """Held-out and training estimate as text, each the mean over tokens, steps and repeats."""
-    return " / ".join(f"{np.nanmean(np.array([a[e] for a in answers], dtype=float)):.2f}" for e in ("held_out", "training"))
+    """Held-out and training estimate as text, each the mean over blocks, tokens, steps and repeats."""
+    return " / ".join(f"{np.nanmean([a[name] for a in answers]):.2f}" for name in ("held_out", "training"))
 
 
 def main(args):
-    similarity, information = representation_tables(args.folders)
-    tables = dict(scores=score_table(args.folders), attention=attention_table(args.folders), blocks=block_table(args.folders))
-    tables |= dict(
-        gradients=gradient_table(args.folders),
-        clipping=clipping_table(args.folders),
-        similarity=similarity,
-        information=information,
-    )
+    tables = dict(scores=score_table(args.folders), attention=attention_table(args.folders))
+    tables["blocks"] = block_table(args.folders)
+    tables["gradients"], tables["clipping"] = gradient_tables(args.folders)
+    tables["similarity"], tables["information"] = representation_tables(args.folders)
     text = args.readme.read_text() if args.readme else ""
-    for name, table in tables.items():
-        if table.count("\n") == 1:
+    for name, rows in tables.items():
+        if not rows:
             continue  # no run of this kind
-        print(f"\n{name}\n{table}")
+        print(f"\n{name}\n{markdown(rows)}")
         mark = f"<!-- table: {name} -->"
-        text = re.sub(rf"{mark}\n.*?\n?<!-- end -->", lambda _: f"{mark}\n{table}\n<!-- end -->", text, flags=re.DOTALL)
+        filled = f"{mark}\n{markdown(rows)}\n<!-- end -->".replace("\\", "\\\\")
+        text = re.sub(rf"{mark}\n.*?\n?<!-- end -->", filled, text, flags=re.DOTALL)
     if args.readme:
         args.readme.write_text(text)
 

@@ -3,6 +3,7 @@
 python tests/shared_sections.py      # rewrite the copies from dt_pretrained.py
 """
 
+import itertools
 import re
 from pathlib import Path
 
@@ -16,7 +17,7 @@ def split(text):
     """Return the part before the first banner, and the sections, banner included, by the banner's first words."""
     starts = [*BANNER.finditer(text), None]
     sections = {}
-    for banner, following in zip(starts, starts[1:]):
+    for banner, following in itertools.pairwise(starts):
         sections[banner[1].split(":")[0]] = text[banner.start() : following.start() if following else len(text)]
     return text[: starts[0].start()], sections
 

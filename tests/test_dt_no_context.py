@@ -1,33 +1,23 @@
 """`dt_no_context.py`: attention distance against closed forms, replaced blocks, K = 1, and whole runs."""
 
+import itertools
 import json
-import signal
-import time
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import ASSETS, ROOT
-from test_interruptions import finish, start, wait_for
+from conftest import ASSETS, TINY, make_model, sample_args, sentence
 
 import dt_no_context as dt
 
 SCRIPT = "dt_no_context.py"
-SIZE = ["--sample", "--num-epochs", "2", "--steps-per-epoch", "6", "--num-eval-episodes", "2", "--attention-windows", "10"]
-SHAPE = dict(state_dim=11, act_dim=3, max_timestep=1000)
-
-
-def sample_model(backbone, member="", **changes):
-    torch.manual_seed(0)
-    replaced = (0,) if member else ()
-    args = dt.resolve(dt.Args(backbone=backbone, sample=True, device="cpu", member=member, replace_blocks=replaced, **changes))
-    model, architecture, _, eps = dt.make_model(args, SHAPE)
-    return model.eval(), architecture, eps
+SIZE = [*TINY, "--num-epochs", "2", "--attention-windows", "10"]
 
 
 def random_windows(count=7, K=20):
     states, actions = torch.randn(count, K, 11), torch.rand(count, K, 3) * 2 - 1
-    return torch.randn(count, K, 1), states, actions, torch.arange(K).expand(count, K)
+    return torch.randn(count, K, 1), states, actions, torch.arange(K).expand(count, K), torch.ones(count, K).bool()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -50,7 +40,7 @@ def test_closed_forms(n):
 
 def test_a_block_whose_queries_vanish_attends_uniformly():
     """Through the whole function: with zero queries every head looks (tokens - 1) / 4 back."""
-    model, _, _ = sample_model("gpt2")
+    model = make_model(dt, "gpt2")
     for block in model.transformer.h:
         block.attn.c_attn.weight.data[:, :128] = 0
         block.attn.c_attn.bias.data[:128] = 0
@@ -60,9 +50,8 @@ def test_a_block_whose_queries_vanish_attends_uniformly():
 @torch.no_grad()
 @pytest.mark.parametrize("backbone", ["gpt2", "igpt", "random"])
 def test_weights_are_those_the_block_uses(backbone):
-    model, _, _ = sample_model(backbone)
     x = torch.randn(3, 60, 128)
-    for block in model.transformer.h:
+    for block in make_model(dt, backbone).transformer.h:
         weights = dt.attention_weights(block.attn, x)
         assert not weights.triu(1).any()
         value = block.attn.c_attn(x).chunk(3, dim=-1)[2].unflatten(-1, (block.attn.n_head, -1)).transpose(1, 2)
@@ -75,26 +64,23 @@ def test_weights_equal_transformers_attentions(backbone, kind):
     """Every block's weights, through the whole model, against output_attentions of transformers' own model."""
     import transformers
 
-    model, _, _ = sample_model(backbone)
+    model = make_model(dt, backbone)
     model_class = transformers.GPT2Model if backbone == "gpt2" else transformers.ImageGPTModel
     reference = model_class.from_pretrained(ASSETS / kind, dtype=torch.float32, attn_implementation="eager").eval()
     reference.config.is_decoder = True
     reference.wpe.weight.data.zero_()
     windows = random_windows()
     with torch.no_grad():
-        tokens = model.embed(*windows)
+        tokens = model.embed(*windows[:4])
         attentions = reference(inputs_embeds=tokens, use_cache=False, output_attentions=True).attentions
     expected = torch.stack([dt.mean_distance(a) for a in attentions], dim=1)
-    np.testing.assert_allclose(dt.attention_distances(model, windows, chunk_size=2), expected, rtol=1e-4)
+    np.testing.assert_allclose(dt.attention_distances(model, windows), expected, rtol=1e-4)
 
 
-def test_chunks_do_not_matter_and_missing_heads_are_nan():
-    model, _, _ = sample_model("gpt2", "block_1")
-    windows = random_windows()
-    whole, chunked = (dt.attention_distances(model, windows, chunk_size=size) for size in (7, 2))
-    np.testing.assert_allclose(whole, chunked, rtol=1e-5)
-    assert whole.shape == (7, 4, 4)
-    assert np.isfinite(whole[:, 1]).all() and np.isfinite(whole[:, 0, 0]).all() and np.isnan(whole[:, 0, 1:]).all()
+def test_gap_is_the_size_of_the_change_of_the_mean_over_heads():
+    """One window, two blocks, the second with a single head: block 0 goes from 3 to 2 tokens, block 1 from 5 to 9."""
+    before, after = [[[2.0, 4.0], [5.0, np.nan]]], [[[1.0, 3.0], [9.0, np.nan]]]
+    np.testing.assert_allclose(dt.gap({0: np.array(before), 4: np.array(after)}, 4), [[1.0, 4.0]])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -103,24 +89,28 @@ def test_chunks_do_not_matter_and_missing_heads_are_nan():
 @pytest.mark.parametrize("backbone", ["gpt2", "igpt"])
 @pytest.mark.parametrize("index", [0, 2, 3])
 def test_the_replaced_block_is_the_source_and_the_others_are_not(backbone, index):
-    source, _, _ = sample_model(backbone)
-    random, _, _ = sample_model(backbone, "random")
-    mixed, architecture, eps = sample_model(backbone, f"block_{index}")
-    assert eps == 1e-8 and list(architecture["blocks"]) == [index]
+    source = make_model(dt, backbone)
+    random = make_model(dt, backbone, partial(dt.load_mixture, block=None))
+    mixed = make_model(dt, backbone, partial(dt.load_mixture, block=index))
     for i, block in enumerate(mixed.transformer.h):
         expected = (source if i == index else random).transformer.h[i]
         assert block.attn.n_head == (4 if i == index else 1) and type(block.mlp.act) is type(expected.mlp.act)
         assert type(block.ln_1) is type(expected.ln_1)
         ours, theirs = block.state_dict(), expected.state_dict()
-        assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+        assert ours.keys() == theirs.keys() and (i != index or all(torch.equal(ours[k], theirs[k]) for k in ours))
         other = (random if i == index else source).transformer.h[i].state_dict()
         assert not torch.equal(ours["attn.c_attn.weight"], other["attn.c_attn.weight"])
+    heads = dt.attention_distances(mixed, random_windows())
+    assert heads.shape == (7, 4, 4) and np.isfinite(heads[:, index]).all()
+    others = np.delete(heads, index, axis=1)
+    assert np.isfinite(others[:, :, 0]).all() and np.isnan(others[:, :, 1:]).all()
 
 
-def test_a_mixed_model_is_rebuilt_from_its_checkpoint():
-    mixed, architecture, _ = sample_model("igpt", "block_0")
-    rebuilt = dt.rebuild_model(dict(architecture=architecture, model=mixed.state_dict()), "cpu")
-    windows = random_windows()
+def test_a_mixed_model_is_rebuilt_from_its_checkpoint(tmp_path):
+    mixed = make_model(dt, "igpt", partial(dt.load_mixture, block=0))
+    torch.save(dict(architecture=mixed.architecture, model=mixed.state_dict()), tmp_path / "mixed.pt")
+    rebuilt, _ = dt.load_model(tmp_path / "mixed.pt", "cpu")
+    windows = random_windows()[:4]
     with torch.no_grad():
         assert torch.equal(mixed(*windows), rebuilt(*windows))
 
@@ -128,31 +118,14 @@ def test_a_mixed_model_is_rebuilt_from_its_checkpoint():
 @pytest.mark.parametrize(
     "arguments,said",
     [
-        (["--replace-blocks", "1", "--n-embd", "64"], ["128 wide", "64"]),
-        (["--replace-blocks", "7"], ["no block 7", "4 blocks"]),
+        (["--replace-blocks", "7"], ["0 to 3"]),
         (["--replace-blocks", "1", "--backbone", "random"], ["pre-trained"]),
-        (["--attention-epochs", "0", "9"], ["--attention-epochs 9", "--num-epochs 2"]),
         (["--compare", "nowhere"], ["nowhere"]),
-        (["--n-layer", "3"], ["random backbones"]),
         (["--dataset", "missing.hdf5"], ["missing.hdf5"]),
     ],
 )
-def test_bad_input_ends_with_one_sentence(arguments, said, run_script, tmp_path):
-    result = run_script(SCRIPT, *SIZE, *arguments)
-    errors = [line for line in result.err.splitlines() if line.startswith("error: ")]
-    assert result.status == 2 and len(errors) == 1 and "Traceback" not in result.err, result.err
-    assert all(word in errors[0] for word in said) and not (tmp_path / "runs").exists()
-
-
-def test_gap_is_the_size_of_the_change_of_the_mean_over_heads():
-    """One window, two blocks, the second with a single head: block 0 goes from 3 to 2 tokens, block 1 from 5 to 9."""
-    before, after = [[[2.0, 4.0], [5.0, np.nan]]], [[[1.0, 3.0], [9.0, np.nan]]]
-    distances = {0: np.array(before), 4: np.array(after)}
-    np.testing.assert_allclose(dt.gap(distances, 4), [[1.0, 4.0]])
-
-
-def test_moving_average():
-    np.testing.assert_allclose(dt.moving_average([1.0, 2.0, 0.0]), [1.0, 1.2, 0.96])
+def test_bad_input_ends_with_one_sentence(arguments, said, run_script):
+    sentence(run_script(SCRIPT, *SIZE, *arguments), *said)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -160,16 +133,15 @@ def test_moving_average():
 # ---------------------------------------------------------------------------------------------------------------
 def test_with_one_step_no_output_depends_on_another_step():
     """Each action of an evaluation comes from the current step alone, and windows of training hold one step."""
-    assert dt.Args().context_length == 1
-    args = dt.resolve(dt.Args(sample=True, device="cpu", env="Hopper-v5"))
+    args = sample_args(dt)
+    assert args.context_length == 1
     env = dt.make_env(args, 3)
-    data = dt.load_data(args, env)
-    model, _, _, _ = dt.make_model(args, SHAPE)
+    data = dt.OfflineData(args, env, torch.device("cpu"))
+    model = make_model(dt, "gpt2")
     seen = []
     model.register_forward_hook(lambda module, inputs, output: seen.append((inputs, output)))
-    dt.evaluate(model, env, data, args, [1, 2, 3])
-    calls = seen[:5] + seen[-5:]
-    for (returns_to_go, states, actions, timesteps), output in calls:
+    dt.evaluate(model, env, data, args)
+    for (returns_to_go, states, actions, timesteps), output in seen[:5] + seen[-5:]:
         assert states.shape[1] == 1
         parts = [[x[i : i + 1] for x in (returns_to_go, states, actions + 5, timesteps)] for i in range(len(states))]
         alone = torch.cat([model(*part) for part in parts])  # no other copy, no other step, not even its own action
@@ -182,42 +154,44 @@ def test_with_one_step_no_output_depends_on_another_step():
 # Whole runs
 # ---------------------------------------------------------------------------------------------------------------
 def test_run_with_comparison(run_script, tmp_path):
-    size = [x for x in SIZE if x not in ("--attention-windows", "10")]
-    assert run_script("dt_pretrained.py", *size, "--backbone", "igpt", "--run-name", "earlier").status == 0
+    earlier = [*TINY, "--num-epochs", "1", "--backbone", "igpt", "--run-name", "earlier"]
+    assert run_script("dt_pretrained.py", *earlier).status == 0
     result = run_script(SCRIPT, *SIZE, "--run-name", "a", "--compare", "runs/earlier")
     assert result.status == 0, result.err
     folder = tmp_path / "runs" / "a"
     results = json.loads((folder / "results.json").read_text())
-    summary = json.loads((folder / "summary.json").read_text())
-    assert summary["script"] == "dt_no_context" and summary["context_length"] == 1
-    assert [(run["name"], run["context_length"]) for run in results["runs"]] == [("gpt2", 1), ("igpt", 20)]
-    assert results["runs"][0]["epochs"] == summary["epochs"]
-    attention = results["attention_distance"]["attention"]
-    assert np.array(attention["distance"]["0"]).shape == (4, 4) and not np.any(attention["gap"]["0"])
-    assert np.array(attention["gap"]["2"]).shape == (10, 4) and np.any(attention["gap"]["2"])
-    saved = np.load(folder / "attention_distance.npz")
-    np.testing.assert_allclose(saved["distance_epoch_2"].mean(axis=0), attention["distance"]["2"], rtol=1e-6)
-    for name in ("learning_curve.png", "attention_distance.png"):
+    assert [(run["run"], run["K"]) for run in results["runs"]] == [("gpt2", 1), ("igpt", 20)]
+    _, records, _ = dt.read_run(folder)
+    assert results["runs"][0]["best_score"] == max(r["normalized_score"] for r in records[1:])
+    attention = results["attention_distance"]
+    assert [(row["epoch"], row["block"]) for row in attention] == list(itertools.product((0, 2), range(4)))
+    assert all(
+        len(row["distance_per_head"]) == 4 and (row["median_gap"] > 0) == (row["epoch"] == 2) for row in attention
+    )
+    for name in ("no_context.png", "attention_distance.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
-    assert "igpt" in result.out and "best score" in result.out
+    assert "igpt" in result.out and "best_score" in result.out
 
 
-def test_blocks_are_replaced_interrupted_and_resumed(tmp_path):
-    """A SIGTERM in the middle of the second block; resumed, everything ends bit for bit as without it."""
-    arguments = [*SIZE, "--replace-blocks", "0", "2", "--steps-per-epoch", "25"]
-    assert finish(start(tmp_path, *arguments, "--run-name", "whole", program=(ROOT / SCRIPT,)))[0] == 0
-    process = start(tmp_path, *arguments, "--run-name", "cut", program=(ROOT / SCRIPT,))
-    run = tmp_path / "runs" / "cut" / "block_0"
-    wait_for(run / "checkpoints" / "latest.pt", process)
-    time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    status, _, said = finish(process)
-    assert status == 128 + signal.SIGTERM and "--resume runs/cut/block_0" in said[0]
-    assert not (tmp_path / "runs" / "cut" / "results.json").exists()
-    assert finish(start(tmp_path, "--resume", "runs/cut/block_0", program=(ROOT / SCRIPT,)))[0] == 0
-    whole, cut = (json.loads((tmp_path / "runs" / name / "results.json").read_text()) for name in ("whole", "cut"))
-    for run in (*whole["runs"], *cut["runs"]):
-        del run["folder"]
-    assert whole == cut and [run["name"] for run in cut["runs"]] == ["random", "gpt2", "block_0", "block_2"]
-    assert len({run["epochs"][-1]["loss"] for run in cut["runs"]}) == 4
+def test_replaced_blocks_are_gone_on_with(run_script, tmp_path, monkeypatch):
+    """Two blocks; the study is cut off by Ctrl-C in the fourth run, resumed, and ends as without it."""
+    run = [*SIZE, "--num-epochs", "1", "--replace-blocks", "0", "2", "--attention-windows", "4"]
+    assert run_script(SCRIPT, *run, "--run-name", "whole").status == 0
+    steps, step = itertools.count(1), torch.optim.AdamW.step
+
+    def interrupting_step(self, *arguments):
+        if next(steps) == 3 * 6 + 2:
+            raise KeyboardInterrupt
+        return step(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", interrupting_step)
+        result = run_script(SCRIPT, *run, "--run-name", "cut")
+    assert result.status == 130 and "--resume runs/cut" in result.err
+    assert run_script(SCRIPT, "--resume", "runs/cut").status == 0
+    whole, cut = ((tmp_path / "runs" / name / "results.json").read_text() for name in ("whole", "cut"))
+    assert whole == cut
+    runs = json.loads(cut)["runs"]
+    assert [run["run"] for run in runs] == ["random", "gpt2", "block_0", "block_2"]
+    assert len({run["last_loss"] for run in runs}) == 4
     assert (tmp_path / "runs" / "cut" / "block_replacement.png").exists()

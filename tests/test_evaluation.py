@@ -1,30 +1,27 @@
 """Evaluation of all episodes at once against one episode at a time, as the reference plays them."""
 
+import math
+
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from conftest import sample_args
 
 import dt_pretrained as dt
 
 
-def setup(env_id="Hopper-v5", context_length=20, num_episodes=4, **changes):
-    args = dt.Args(
-        env=env_id, backbone="gpt2", sample=True, device="cpu", context_length=context_length, num_eval_episodes=num_episodes
-    )
-    args = dt.resolve(dt.replace(args, **changes))
+def setup(env_id="Hopper-v5", context_length=20, num_episodes=4):
+    dataset = f"sample/{env_id[:-3].lower()}/medium-v0"
+    args = sample_args(dt, backbone="gpt2", env=env_id, dataset=dataset, context_length=context_length)
     env = dt.make_env(args, num_episodes)
-    data = dt.load_data(args, env)
+    data = dt.OfflineData(args, env, torch.device("cpu"))
     torch.manual_seed(3)
-    config, weights, _ = dt.load_backbone(args)
-    model = dt.DecisionTransformer(config, data.states.shape[1], data.actions.shape[1], 1000)
+    blocks, final_norm, weights, _ = dt.load_backbone(args)
+    model = dt.DecisionTransformer(blocks, final_norm, data.states.shape[1], data.actions.shape[1], 1000)
     model.transformer.load_state_dict(weights)
     model.embed_action.weight.data *= 0.02  # away from saturation, so that episodes differ
     return model, env, data, args
-
-
-def evaluate(model, env, data, args, first_seed=666):
-    return dt.evaluate(model, env, data, args, [first_seed + i for i in range(env.num_envs)])
 
 
 @torch.no_grad()
@@ -58,7 +55,7 @@ def test_same_actions_and_rewards_as_one_episode_at_a_time(env_id, context_lengt
     seen = []
     step = env.step
     env.step = lambda actions: seen.append((actions.copy(), step(actions))) or seen[-1][1]
-    returns, lengths = evaluate(model, env, data, args)
+    returns, lengths = dt.evaluate(model, env, data, args)
     assert len(set(lengths)) > 1  # copies end at different times
     for i in range(env.num_envs):
         actions, rewards = play_one(model.eval(), data, args, args.seed + i, 1000)
@@ -82,7 +79,7 @@ def test_what_a_copy_does_after_its_end_is_not_counted():
         return observations, reward, terminated | (ends == len(rewards)), truncated, infos
 
     env.step = ending_step
-    returns, lengths = evaluate(model, env, data, args)
+    returns, lengths = dt.evaluate(model, env, data, args)
     assert list(lengths) == [2, 5, 8] and batches == [3, 3, 2, 2, 2, 1, 1, 1]
     np.testing.assert_allclose(returns, [np.array(rewards)[:end, i].sum() for i, end in enumerate(ends)], rtol=1e-9)
     assert np.all(np.array(rewards)[-1] != 0)
@@ -91,12 +88,11 @@ def test_what_a_copy_does_after_its_end_is_not_counted():
 def test_full_length_episodes_and_return_to_go():
     """HalfCheetah never ends early; the return-to-go that the model sees falls by exactly the rewards."""
     model, env, data, args = setup("HalfCheetah-v5", 2, num_episodes=2)
-    seen = []
+    seen, rewards = [], []
     model.register_forward_pre_hook(lambda module, inputs: seen.append([x.clone() for x in inputs]))
-    rewards = []
     step = env.step
     env.step = lambda actions: rewards.append((r := step(actions))[1]) or r
-    returns, lengths = evaluate(model, env, data, args)
+    returns, lengths = dt.evaluate(model, env, data, args)
     assert list(lengths) == [1000, 1000] and len(seen) == 1000
     np.testing.assert_allclose(returns, np.sum(rewards, axis=0), rtol=1e-6)
     expected = args.target_return / 1000 - np.cumsum(rewards, axis=0) / 1000
@@ -109,9 +105,9 @@ def test_full_length_episodes_and_return_to_go():
 def test_same_seed_same_returns_and_model_left_in_eval_mode():
     model, env, data, args = setup(num_episodes=3)
     model.train()
-    first, second = (evaluate(model, env, data, args)[0] for _ in range(2))
+    first, second = (dt.evaluate(model, env, data, args)[0] for _ in range(2))
     assert not model.training and np.array_equal(first, second)
-    other, _ = evaluate(model, env, data, args, first_seed=1)
+    other, _ = dt.evaluate(model, env, data, dt.replace(args, seed=1))
     assert not np.array_equal(first, other)
 
 
@@ -119,11 +115,4 @@ def test_normalized_score_is_d4rls():
     assert dt.normalized_score("Hopper-v4", -20.272305) == 0 and dt.normalized_score("Hopper-v5", 3234.3) == 100
     assert abs(dt.normalized_score("HalfCheetah-v4", 4770.3) - 40.68) < 0.01
     assert abs(dt.normalized_score("Walker2d-v4", 2297) - 50) < 0.1
-    assert dt.normalized_score("Pendulum-v1", 0.0) is None
-
-
-def test_actions_are_mapped_to_the_spaces_range():
-    """Pendulum's torque goes from -2 to 2."""
-    env = gym.make_vec("Pendulum-v1", 1, vectorization_mode="sync")
-    center, half_range = dt.action_range(env)
-    assert center == [0] and half_range == [2]
+    assert math.isnan(dt.normalized_score("Ant-v5", 0.0))

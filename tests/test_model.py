@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import transformers
-from conftest import ASSETS, ROOT
+from conftest import ASSETS, ROOT, SHAPE, make_model, sample_args
 
 import dt_pretrained as dt
 
@@ -17,18 +17,10 @@ FOLDERS = {"gpt2": "text-gpt2", "igpt": "image-gpt"}
 BACKBONES = ("gpt2", "igpt", "igpt-as-gpt2", "random", "random-gpt2")
 
 
-def sample_args(backbone, **changes):
-    return dt.resolve(dt.Args(backbone=backbone, sample=True, device="cpu", **changes))
-
-
-def decision_transformer(backbone, state_dim=11, act_dim=3, max_timestep=50):
-    torch.manual_seed(0)
-    config, weights, _ = dt.load_backbone(sample_args(backbone))
-    model = dt.DecisionTransformer(config, state_dim, act_dim, max_timestep)
-    if weights is not None:
-        model.transformer.load_state_dict(weights)
+def decision_transformer(backbone):
+    model = make_model(dt, backbone, max_timestep=50)
     model.embed_action.weight.data *= 0.1  # its tanh must not be saturated, or every model predicts the same
-    return model.eval()
+    return model
 
 
 def reference_backbone(kind, fresh):
@@ -44,13 +36,6 @@ def reference_backbone(kind, fresh):
     return reference.eval()
 
 
-def copy_into_gpt(reference, kind):
-    config, _, _ = dt.load_backbone(sample_args(kind))
-    ours = dt.GPT(config)
-    ours.load_state_dict({k: v for k, v in reference.state_dict().items() if not k.startswith(("wte.", "wpe."))})
-    return ours.eval()
-
-
 def relative_difference(ours, theirs):
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
@@ -58,28 +43,25 @@ def relative_difference(ours, theirs):
 @torch.no_grad()
 @pytest.mark.parametrize("fresh", [False, True], ids=["bundled", "fresh"])
 @pytest.mark.parametrize("kind", ["gpt2", "igpt"])
-def test_hidden_states_equal_transformers(kind, fresh, record_property):
+def test_hidden_states_equal_transformers(kind, fresh):
     reference = reference_backbone(kind, fresh)
-    ours = copy_into_gpt(reference, kind)
+    ours = decision_transformer(kind).transformer
+    ours.load_state_dict({k: v for k, v in reference.state_dict().items() if not k.startswith(("wte.", "wpe."))})
     x = torch.randn(3, 60, 128)
     theirs = reference(inputs_embeds=x, use_cache=False, output_hidden_states=True)
-    hidden = x
     differences = []
-    for block, expected in zip(ours.h[:-1], theirs.hidden_states[1:]):
-        hidden = block(hidden)
-        differences.append(relative_difference(hidden, expected))
-    differences.append(relative_difference(ours(x), theirs.last_hidden_state))
+    for block, expected in zip(ours.h, (*theirs.hidden_states[1:-1], None)):
+        x = block(x)
+        if expected is not None:
+            differences.append(relative_difference(x, expected))
+    differences.append(relative_difference(ours.ln_f(x), theirs.last_hidden_state))
     print(f"{kind}: largest relative difference {max(differences):.1e}")
-    assert max(differences) < 1e-4
+    assert len(differences) == 4 and max(differences) < 1e-4
 
 
-def random_window(length, state_dim=11, act_dim=3, batch=2):
-    return (
-        torch.randn(batch, length, 1),
-        torch.randn(batch, length, state_dim),
-        torch.rand(batch, length, act_dim) * 2 - 1,
-        torch.arange(5, 5 + length).expand(batch, length),
-    )
+def random_window(length, batch=2):
+    states, actions = torch.randn(batch, length, 11), torch.rand(batch, length, 3) * 2 - 1
+    return torch.randn(batch, length, 1), states, actions, torch.arange(5, 5 + length).expand(batch, length)
 
 
 @torch.no_grad()
@@ -88,19 +70,10 @@ def test_whole_model_equals_transformers_decision_transformer(backbone):
     """Left-padded and masked there, right-padded and unmasked here: the same at every valid step."""
     ours = decision_transformer(backbone)
     ours.embed_timestep.weight.zero_()  # theirs adds it before the LayerNorm
-    config, _, _ = dt.load_backbone(sample_args(backbone))
-    theirs = transformers.DecisionTransformerModel(
-        transformers.DecisionTransformerConfig(
-            state_dim=11,
-            act_dim=3,
-            hidden_size=config.n_embd,
-            n_layer=config.n_layer,
-            n_head=config.n_head,
-            activation_function=config.activation,
-            max_ep_len=50,
-            n_positions=256,
-        )  # fmt: skip
-    ).eval()
+    block = ours.architecture["blocks"][0]
+    sizes = dict(state_dim=11, act_dim=3, hidden_size=128, n_layer=4, n_head=block["n_head"], max_ep_len=50)
+    config = transformers.DecisionTransformerConfig(**sizes, activation_function=block["activation"], n_positions=256)
+    theirs = transformers.DecisionTransformerModel(config).eval()
     state = {f"encoder.{k}": v for k, v in ours.transformer.state_dict().items()}
     state |= {k: v for k, v in ours.state_dict().items() if k.startswith("embed_")}
     state |= {"predict_action.0.weight": ours.embed_action.weight.T, "predict_action.0.bias": torch.zeros(3)}
@@ -112,10 +85,9 @@ def test_whole_model_equals_transformers_decision_transformer(backbone):
     window = random_window(valid)
     left = [torch.cat([x.new_ones(2, K - valid, *x.shape[2:]), x], dim=1) for x in window]
     right = [torch.cat([x, x.new_ones(2, K - valid, *x.shape[2:])], dim=1) for x in window]
+    inputs = dict(returns_to_go=left[0], states=left[1], actions=left[2], rewards=None, timesteps=left[3])
     mask = torch.arange(K).ge(K - valid).long().expand(2, K)
-    expected = theirs(
-        returns_to_go=left[0], states=left[1], actions=left[2], rewards=None, timesteps=left[3], attention_mask=mask
-    ).action_preds[:, K - valid :]
+    expected = theirs(**inputs, attention_mask=mask).action_preds[:, K - valid :]
     difference = relative_difference(ours(*right)[:, :valid], expected)
     print(f"{backbone}: largest relative difference {difference:.1e}")
     assert difference < 1e-4
@@ -128,12 +100,14 @@ def test_time_embedding_after_layer_norm_against_plain_reference(kind):
     ours = decision_transformer(kind)
     reference = reference_backbone(kind, fresh=False)
     returns_to_go, states, actions, timesteps = random_window(7)
+    embeddings = (ours.embed_return, ours.embed_state, ours.embed_action)
     tokens = []
     for t in range(7):
-        for embedding, value in ((ours.embed_return, returns_to_go), (ours.embed_state, states), (ours.embed_action, actions)):
-            token = embedding.weight @ value[0, t] + embedding.bias
+        for embedding, values in zip(embeddings, (returns_to_go, states, actions)):
+            token = embedding.weight @ values[0, t] + embedding.bias
             token = (token - token.mean()) / (token.var(correction=0) + 1e-5).sqrt()
-            tokens.append(token * ours.embed_ln.weight + ours.embed_ln.bias + ours.embed_timestep.weight[timesteps[0, t]])
+            token = token * ours.embed_ln.weight + ours.embed_ln.bias
+            tokens.append(token + ours.embed_timestep.weight[timesteps[0, t]])
     hidden = reference(inputs_embeds=torch.stack(tokens)[None], use_cache=False).last_hidden_state[0]
     expected = torch.tanh(hidden[1::3] @ ours.embed_action.weight)
     assert relative_difference(ours(returns_to_go, states, actions, timesteps)[0], expected) < 1e-4
@@ -171,27 +145,34 @@ def test_igpt_as_gpt2_differs_exactly_by_the_layer_norm():
 
 
 def test_random_backbones_are_the_papers():
-    args = dt.resolve(dt.Args(backbone="random", device="cpu"))
-    assert (args.n_layer, args.n_head, args.n_embd, args.activation) == (12, 1, 768, "relu")
-    args = dt.resolve(dt.Args(backbone="random-gpt2", device="cpu"))
-    assert (args.n_layer, args.n_head, args.n_embd, args.activation) == (12, 12, 768, "gelu_new")
+    for backbone, expected in {"random": (768, 1, 3072, "relu"), "random-gpt2": (768, 12, 3072, "gelu_new")}.items():
+        blocks, _, weights, _ = dt.load_backbone(dt.Args(backbone=backbone))
+        assert len(blocks) == 12 and not weights
+        assert {(b.n_embd, b.n_head, b.n_inner, b.activation) for b in blocks} == {expected}
     block = decision_transformer("random").transformer.h[1]
-    for layer in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
+    for layer in (block.attn.c_attn, block.mlp.c_fc):
         assert abs(layer.weight.std().item() - 0.02) < 1e-3 and not layer.bias.any()
-
-
-def test_adamw_has_the_papers_epsilon():
-    shape = dict(state_dim=11, act_dim=3, max_timestep=50)
-    epsilons = {backbone: dt.make_model(sample_args(backbone), shape)[3] for backbone in BACKBONES}
-    assert epsilons == {"gpt2": 1e-6, "igpt": 1e-6, "igpt-as-gpt2": 1e-6, "random": 1e-8, "random-gpt2": 1e-8}
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "igpt"])
 def test_module_names_are_the_checkpoints(kind):
-    reference = reference_backbone(kind, fresh=False)
-    ours = copy_into_gpt(reference, kind)
-    names = {n for n, _ in reference.named_modules() if n and not n.startswith(("wte", "wpe")) and "attn_dropout" not in n}
-    assert names <= {n for n, _ in ours.named_modules()}
+    names = {name for name, _ in reference_backbone(kind, fresh=False).named_modules()}
+    names = {name for name in names if name and not name.startswith(("wte", "wpe")) and "attn_dropout" not in name}
+    assert names <= {name for name, _ in decision_transformer(kind).transformer.named_modules()}
+
+
+def test_dropout_is_where_the_reference_has_it():
+    """On the residual branches as asked for; on attention weights and on the backbone's input 0.1, or none."""
+    for dropout, at_most in ((0.2, 0.1), (0.0, 0.0)):
+        blocks, final_norm, _, _ = dt.load_backbone(sample_args(dt, backbone="random-gpt2", dropout=dropout))
+        model = dt.DecisionTransformer(blocks, final_norm, **SHAPE)
+        rates = {name: module.p for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout)}
+        assert rates.pop("transformer.drop") == at_most and len(rates) == 8 and set(rates.values()) == {dropout}
+        assert {block.attn.attention_dropout for block in model.transformer.h} == {at_most}
+
+
+def load_local(folder):
+    return dt.load_backbone(sample_args(dt, backbone=str(folder)))
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "igpt"])
@@ -201,30 +182,27 @@ def test_pytorch_bin_gives_the_same_weights_as_safetensors(kind, tmp_path):
     shutil.copy(source / "config.json", tmp_path)
     whole = {"gpt2": transformers.GPT2LMHeadModel, "igpt": transformers.ImageGPTForCausalImageModeling}[kind]
     torch.save(whole.from_pretrained(source).state_dict(), tmp_path / "pytorch_model.bin")
-    _, expected, _ = dt.load_backbone(sample_args(kind))
-    _, weights, source = dt.load_backbone(sample_args(str(tmp_path)))
-    assert source == str(tmp_path) and weights.keys() == expected.keys()
+    _, _, expected, _ = dt.load_backbone(sample_args(dt, backbone=kind))
+    _, _, weights, source = load_local(tmp_path)
+    assert source == str(tmp_path) and weights.keys() == expected.keys() and len(weights) in (50, 41)
     assert all(torch.equal(weights[k], expected[k]) and weights[k].dtype == torch.float32 for k in expected)
+    assert not any("wte" in name or "wpe" in name for name in weights)
 
 
 def test_hub_ids_are_read_from_the_hubs_cache(tmp_path):
-    """A cache as the hub's own tools leave it, without a network: in a process of its own, as the cache is set at import."""
+    """A cache as the hub's own tools leave it, without a network: in a process of its own, it is set at import."""
     snapshot = tmp_path / "hub" / "models--openai-community--gpt2" / "snapshots" / "0123456789abcdef"
     shutil.copytree(ASSETS / "text-gpt2", snapshot)
     (snapshot.parent.parent / "refs").mkdir()
     (snapshot.parent.parent / "refs" / "main").write_text(snapshot.name)
-    code = """
-import dt_pretrained as dt
-args = dt.resolve(dt.Args(backbone="gpt2", device="cpu"))
-config, weights, source = dt.load_backbone(args)
-print(source, config.n_layer, len(weights))
-"""
+    code = "import dt_pretrained as dt; blocks, _, weights, source = dt.load_backbone(dt.Args(backbone='gpt2')); "
+    code += "print(source, len(blocks), len(weights))"
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.stdout.split() == ["openai-community/gpt2", "4", "50"], result.stderr
 
 
-def damaged_checkpoint(folder, change):
+def change_weights(folder, change):
     """Copy the bundled GPT-2 with `change` applied to its weights."""
     from safetensors.torch import load_file, save_file
 
@@ -232,6 +210,13 @@ def damaged_checkpoint(folder, change):
     change(weights)
     shutil.copy(ASSETS / "text-gpt2" / "config.json", folder)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def refused(folder, capsys):
+    with pytest.raises(SystemExit) as end:
+        load_local(folder)
+    assert end.value.code == 2
+    return capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -244,21 +229,20 @@ def damaged_checkpoint(folder, change):
     ids=["missing", "left over", "misshapen"],
 )
 def test_incomplete_checkpoints_are_refused(change, tmp_path, capsys):
-    damaged_checkpoint(tmp_path, change)
-    with pytest.raises(SystemExit) as end:
-        dt.load_backbone(sample_args(str(tmp_path)))
-    assert end.value.code == 2 and "h." in capsys.readouterr().err
+    change_weights(tmp_path, change)
+    assert "mlp.c_fc.bias" in refused(tmp_path, capsys)
+
+
+@pytest.mark.parametrize("change", [{"scale_attn_by_inverse_layer_idx": True}, {"activation_function": "swish"}])
+def test_gpts_of_another_architecture_are_refused(change, tmp_path, capsys):
+    change_weights(tmp_path, lambda weights: None)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    assert "attention" in (message := refused(tmp_path, capsys)) or "swish" in message
 
 
 @pytest.mark.parametrize("content", [None, {"model_type": "bert"}, {"no": "model_type"}])
 def test_folders_that_are_no_gpt_are_refused(content, tmp_path, capsys):
     if content:
         (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(SystemExit) as end:
-        dt.load_backbone(sample_args(str(tmp_path)))
-    assert end.value.code == 2 and str(tmp_path) in capsys.readouterr().err
-
-
-def test_word_and_position_embeddings_are_not_kept():
-    names = decision_transformer("gpt2").state_dict()
-    assert not any("wte" in name or "wpe" in name for name in names)
+    assert str(tmp_path) in refused(tmp_path, capsys)
