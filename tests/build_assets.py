@@ -9,6 +9,7 @@ mistake with the scripts. Every command prints what it reached; tests/assets/REA
 """
 
 import gzip
+import itertools
 import math
 import os
 import re

@@ -259,7 +259,7 @@ def test_videos_of_the_best_and_the_last_model(run_script, tmp_path, monkeypatch
 
 
 def test_where_nothing_can_be_rendered_it_says_so(tmp_path):
-            assert 1 < video.n_frames < max(r["length_mean"] for r in records)  # 25 pictures of 125 steps a second
+    """In a process of its own, as a renderer is chosen once. GLFW cannot work without a screen; the run is kept."""
     environment = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "WAYLAND_DISPLAY")}
     run = [*TINY, "--num-epochs", "1", "--backbone", "random", "--capture-video", "--run-name", "a"]
     result = subprocess.run(
