@@ -114,7 +114,7 @@ MEASURE = """
 import resource, torch
 import analyze_grads as ag
 torch.manual_seed(0)
-blocks = [ag.BlockConfig(512, 8, 2048, "gelu_new")] * 6
+blocks = [ag.BlockConfig(384, 8, 1536, "gelu_new")] * 6
 model = ag.DecisionTransformer(blocks, "gpt2", 11, 3, 1000).eval()
 windows = [torch.randn(30, 2, 1), torch.randn(30, 2, 11), torch.rand(30, 2, 3), torch.arange(2).expand(30, 2)]
 windows.append(torch.ones(30, 2).bool())

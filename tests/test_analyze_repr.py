@@ -236,10 +236,10 @@ def test_questions_of_the_paper():
 
 def test_answers_tell_a_dependent_representation_from_its_control():
     generator = torch.Generator().manual_seed(0)
-    args = ar.Args(mine_windows=600, mine_batch_size=60, mine_repeats=1)
-    windows = [torch.randn(1200, 2, width, generator=generator) for width in (1, 4, 2)]
+    args = ar.Args(mine_windows=400, mine_batch_size=40, mine_repeats=1)
+    windows = [torch.randn(800, 2, width, generator=generator) for width in (1, 4, 2)]
     keys = itertools.product([0], ar.TOKENS, (0, 1))
-    representations = {key: torch.randn(1200, 6, generator=generator) for key in keys}
+    representations = {key: torch.randn(800, 6, generator=generator) for key in keys}
     representations[0, "state", 1][:, :4] = windows[1][:, 1] * 5  # T(s_K) knows s_K, in other units, and nothing else
     answers = ar.answer(ar.questions_about_model(1, 2, [0, 1]), windows, representations, args, "run")
     for a in answers:
@@ -335,13 +335,11 @@ def test_train_and_analyse(run_script, tmp_path):
 
     assert set(EventAccumulator(str(folder)).Reload().Tags()["images"]) == set(FIGURES)
 
-    # Its checkpoints again, by the other door and in two ways: the same windows give the same numbers.
-    for name, options in (("b", ["--mine-repeats", "2"]), ("c", ["--mine-windows", "0", "--epochs", "0", "0"])):
-        runs = ["--runs", "runs/a/random", "runs/a/igpt", "--run-name", name]
-        assert run_script(SCRIPT, *SIZE, *options, *runs).status == 0
-    again, same = (json.loads((tmp_path / "runs" / name / "results.json").read_text()) for name in ("b", "c"))
-    assert again == results and not same["mutual_information"]
-    assert all(abs(value - 1) < 1e-9 for row in same["cka"] for value in row["layers"].values())
+    # Its checkpoints again, by the other door: the same windows give the same numbers.
+    runs = ["--runs", "runs/a/random", "runs/a/igpt", "--mine-windows", "0", "--run-name", "b"]
+    assert run_script(SCRIPT, *SIZE, *runs).status == 0
+    again = json.loads((tmp_path / "runs" / "b" / "results.json").read_text())
+    assert again["cka"] == results["cka"] and not again["mutual_information"]
 
 
 def test_before_and_after_are_compared_at_the_right_tokens(run_script, tmp_path):

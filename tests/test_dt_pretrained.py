@@ -140,7 +140,7 @@ def test_clipping_on_and_off(max_grad_norm, run_script, tmp_path, monkeypatch):
 
 def test_the_sample_learns(run_script, tmp_path):
     """Sixty steps from the bundled language model bring the loss well below that of the first ones."""
-    size = ["--num-epochs", "3", "--steps-per-epoch", "20", "--num-eval-episodes", "2"]
+    size = ["--num-epochs", "3", "--steps-per-epoch", "20", "--num-eval-episodes", "2", "--batch-size", "16"]
     rate = ["--warmup-steps", "5", "--learning-rate", "1e-3"]
     assert run_script(SCRIPT, "--sample", *size, *rate, "--run-name", "a").status == 0
     _, records, _ = dt.read_run(tmp_path / "runs" / "a")
