@@ -59,7 +59,7 @@ class Args:
     norm_windows: int = 100
     """windows whose single gradients give norms"""
     confusion_windows: int = 50
-    """windows whose single gradients are compared with each other, pair by pair"""
+    """how many of them are compared with each other, pair by pair"""
     chunk_size: int = 10
     """windows whose gradients are computed at the same time; changes memory, not results"""
 
@@ -134,8 +134,7 @@ def or_stop(message):
     try:
         yield
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
-        stop(f"{message} ({type(error).__name__}: {reason}).")
+        stop(f"{message} ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}).")
 
 
 def parse_arguments():
@@ -180,8 +179,7 @@ def save(path, write):
 
 
 def save_json(path, content):
-    text = json.dumps(content, indent=1, default=lambda array: array.tolist())
-    save(path, lambda temporary: temporary.write_text(text + "\n"))
+    save(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1, default=lambda x: x.tolist())))
 
 
 def read_run(folder):
@@ -229,8 +227,8 @@ def make_env(args, num_copies, **options):
 def read_d4rl(path):
     """Return the episodes of a D4RL file: a list of (observations [T, state_dim], actions [T, act_dim], rewards [T]).
 
-    An episode ends where `terminals` or `timeouts` is set. The steps after the last end belong to an episode that was
-    never finished and are left out, as in can-wikipedia-help-offline-rl, data/download_d4rl_datasets.py.
+    An episode ends where `terminals` or `timeouts` is set; what follows the last end is left out, as in the reference,
+    can-wikipedia-help-offline-rl, data/download_d4rl_datasets.py.
     """
     with h5py.File(path) as file:
         columns = [file[name][()] for name in ("observations", "actions", "rewards", "terminals", "timeouts")]
@@ -265,14 +263,12 @@ class OfflineData:
 
         ends = np.cumsum(lengths)
         returns_to_go = [r[::-1].cumsum(dtype=np.float64)[::-1] for r in np.split(rewards, ends[:-1])]  # undiscounted
-        timesteps = [np.arange(length) for length in lengths]
         mean, std = states.mean(0, dtype=np.float64), states.std(0, dtype=np.float64) + 1e-6
-        tensor = partial(torch.as_tensor, device=device, dtype=torch.float32)
-        self.state_mean, self.state_std = tensor(mean), tensor(std)  # [state_dim]
-        self.states = tensor((states - mean) / std)  # [N, state_dim]
-        self.actions = tensor(actions)  # [N, act_dim]
-        self.returns_to_go = tensor(np.concatenate(returns_to_go)[:, None] / RETURN_SCALE)  # [N, 1]
-        self.timesteps = torch.as_tensor(np.concatenate(timesteps), device=device)  # [N], since the episode's start
+        floats = (mean, std, (states - mean) / std, actions, np.concatenate(returns_to_go)[:, None] / RETURN_SCALE)
+        floats = [torch.as_tensor(np.float32(x), device=device) for x in floats]
+        self.state_mean, self.state_std = floats[:2]  # [state_dim]
+        self.states, self.actions, self.returns_to_go = floats[2:]  # [N, state_dim], [N, act_dim], [N, 1]
+        self.timesteps = torch.as_tensor(np.concatenate([np.arange(n) for n in lengths]), device=device)  # [N]
         self.episode_ends = torch.as_tensor(np.repeat(ends, lengths), device=device)  # [N], after its last transition
 
     def windows(self, starts, context_length):
@@ -295,8 +291,8 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-GELU_TANH = partial(nn.GELU, approximate="tanh")
-ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "gelu_new": GELU_TANH, "quick_gelu": QuickGELU}
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "gelu_new": partial(nn.GELU, approximate="tanh")}
+ACTIVATIONS["quick_gelu"] = QuickGELU
 LAYER_NORMS = {"gpt2": nn.LayerNorm, "imagegpt": nn.RMSNorm}  # ImageGPT subtracts no mean and has no bias
 
 
@@ -337,8 +333,8 @@ class Attention(nn.Module):
 
     def forward(self, x):
         query, key, value = self.c_attn(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
-        dropout = self.attention_dropout * self.training
-        y = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
+        dropout_p = self.attention_dropout * self.training
+        y = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, is_causal=True)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
 
 
@@ -362,8 +358,8 @@ class Block(nn.Module):
 class DecisionTransformer(nn.Module):
     """Predict each step's action from the returns-to-go, states and actions up to it (Chen et al. 2021).
 
-    As in the study, the time embedding is added after the LayerNorm of the token embeddings and the action head is the
-    transposed action embedding (can-wikipedia-help-offline-rl, decision_transformer/models/decision_transformer.py).
+    As in can-wikipedia-help-offline-rl's decision_transformer.py, the time embedding comes after the LayerNorm of the
+    token embeddings, and the action head is the transposed action embedding.
     Attention is causal and knows no position, so that windows are padded on the right and need no mask.
     """
 
@@ -379,21 +375,25 @@ class DecisionTransformer(nn.Module):
         self.embed_ln = nn.LayerNorm(width)
         h, ln_f = nn.ModuleList(Block(block) for block in blocks), LAYER_NORMS[final_norm](width, eps=blocks[0].epsilon)
         self.transformer = nn.ModuleDict(dict(drop=nn.Dropout(min(0.1, blocks[0].dropout)), h=h, ln_f=ln_f))
+        for name, weight in h.named_parameters():
+            if name.endswith("c_proj.weight"):  # the residual branches start small, as in GPT-2
+                nn.init.normal_(weight, std=0.02 / (2 * len(blocks)) ** 0.5)
 
     def embed(self, returns_to_go, states, actions, timesteps):
         """Return the tokens R_1 s_1 a_1 R_2 s_2 a_2 ... that enter the first block, [batch, 3K, width]."""
-        tokens = (self.embed_return(returns_to_go), self.embed_state(states), self.embed_action(actions))
+        with torch.autocast(states.device.type, enabled=False):  # bf16 has too few digits for a return
+            tokens = (self.embed_return(returns_to_go), self.embed_state(states), self.embed_action(actions))
         tokens = self.embed_ln(torch.stack(tokens, dim=2))  # [batch, K, 3, width]
-        tokens = tokens + self.embed_timestep(timesteps).unsqueeze(2)
-        return self.transformer.drop(tokens.flatten(1, 2))
+        return self.transformer.drop((tokens + self.embed_timestep(timesteps).unsqueeze(2)).flatten(1, 2))
 
     def forward(self, returns_to_go, states, actions, timesteps):
         """[batch, K, 1], [batch, K, state_dim], [batch, K, act_dim], [batch, K] to actions [batch, K, act_dim]."""
         x = self.embed(returns_to_go, states, actions, timesteps)
         for block in self.transformer.h:
             x = block(x)
-        at_states = self.transformer.ln_f(x)[:, 1::3]  # [batch, K, width]
-        return torch.tanh(F.linear(at_states, self.embed_action.weight.T))
+        at_states = self.transformer.ln_f(x)[:, 1::3].float()  # [batch, K, width]
+        with torch.autocast(states.device.type, enabled=False):  # in bf16 tanh is flat beyond 3.6
+            return torch.tanh(F.linear(at_states, self.embed_action.weight.T))
 
 
 def load_model(path, device):
@@ -409,8 +409,8 @@ def load_model(path, device):
 # ======================================================================================================================
 # Backbones: where the Transformer starts
 # ======================================================================================================================
-HUB_IDS = {"gpt2": "openai-community/gpt2", "igpt": "openai/imagegpt-small", "igpt-as-gpt2": "openai/imagegpt-small"}
-SAMPLE_FOLDERS = {"gpt2": "text-gpt2", "igpt": "image-gpt", "igpt-as-gpt2": "image-gpt"}
+SOURCES = {"gpt2": ("openai-community/gpt2", "text-gpt2"), "igpt": ("openai/imagegpt-small", "image-gpt")}
+SOURCES["igpt-as-gpt2"] = SOURCES["igpt"]  # hub id, and folder of the sample
 
 
 def load_backbone(args):
@@ -421,12 +421,10 @@ def load_backbone(args):
         block = BlockConfig(n_embd, n_head, 4 * n_embd, activation, dropout=args.dropout)
         return [block] * n_layer, "gpt2", {}, f"seed {args.seed}"
 
-    source = HUB_IDS.get(args.backbone, args.backbone)
-    if args.sample and args.backbone in SAMPLE_FOLDERS:
-        source = str(ASSETS / SAMPLE_FOLDERS[args.backbone])
+    hub_id, bundled = SOURCES.get(args.backbone, (args.backbone, None))
+    source = str(ASSETS / bundled) if args.sample and bundled else hub_id
     config, weights = read_pretrained(source)
-    # As the released code, igpt-as-gpt2 has GPT-2's LayerNorm, whose bias ImageGPT does not know; it starts at zero.
-    layer_norm = "gpt2" if args.backbone == "igpt-as-gpt2" else config.model_type
+    layer_norm = "gpt2" if args.backbone == "igpt-as-gpt2" else config.model_type  # its new bias starts at zero
     n_inner = config.n_inner or 4 * config.n_embd
     norm = dict(layer_norm=layer_norm, epsilon=config.layer_norm_epsilon)
     block = BlockConfig(config.n_embd, config.n_head, n_inner, config.activation_function, **norm, dropout=args.dropout)
@@ -441,7 +439,7 @@ def read_pretrained(source):
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     takes = (
-        f"{', '.join(HUB_IDS)}, random, random-gpt2, or the hub id or folder of a GPT-2 or ImageGPT; or try --sample"
+        f"{', '.join(SOURCES)}, random, random-gpt2, or the hub id or folder of a GPT-2 or ImageGPT; or try --sample"
     )
     with or_stop(f"the backbone {source} cannot be loaded, --backbone takes {takes}"):
         config = AutoConfig.from_pretrained(source)
@@ -451,8 +449,10 @@ def read_pretrained(source):
         model_class = GPT2Model if config.model_type == "gpt2" else ImageGPTModel
         options = dict(config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
         model, report = model_class.from_pretrained(source, **options)
-        wrong = {*report["missing_keys"], *report["mismatched_keys"], *report["unexpected_keys"]} - {"lm_head.weight"}
-        assert not wrong, f"missing, misshapen or unknown are {sorted(map(str, wrong))[:3]}"
+        wrong = [*report["missing_keys"], *report["mismatched_keys"], *report["unexpected_keys"]]
+        no_weights = ("lm_head.weight", ".attn.bias", ".attn.masked_bias")  # tied, and the masks of old checkpoints
+        wrong = [name for name in wrong if not str(name).endswith(no_weights)]
+        assert not wrong, f"missing, misshapen or unknown are {wrong[:3]}"
     weights = {name: value for name, value in model.state_dict().items() if not name.startswith(("wte.", "wpe."))}
     return config, weights
 
@@ -463,7 +463,7 @@ def read_pretrained(source):
 def autocast(args, device):
     """Matrix products in bf16 where `args.precision` says so; weights, gradients and optimizer stay float32."""
     cpu_has_bf16 = torch.cpu.get_capabilities().get("avx512_bf16")  # without it, bf16 is slower than float32
-    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bf16
     enabled = args.precision == "bf16" or bool(args.precision == "auto" and native)
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
@@ -473,8 +473,7 @@ def evaluate(model, env, data, args):
     """Play one episode in each copy of `env`, started with `args.seed` and the numbers after it.
 
     Returns the episodes' undiscounted returns and lengths in steps, both [episodes]. As in the Decision Transformer's
-    evaluation, the return-to-go starts at `args.target_return` and falls by each reward, and the model sees the last K
-    steps.
+    evaluation, the return-to-go starts at `args.target_return`, falls by each reward, and the model sees K steps.
     """
     model.eval()
     device, n, K = data.state_mean.device, env.num_envs, args.context_length
@@ -607,6 +606,7 @@ def train(args, folder, load=load_backbone):
     learning_rate = torch.tensor(args.learning_rate, device=device)  # a tensor, so that a CUDA graph reads it anew
     optimizer.param_groups[0].update(lr=learning_rate, capturable=device.type == "cuda")
     trained = nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
+    torch._dynamo.reset()  # or the ninth model of a study would run uncompiled
     loss_function = torch.compile(training_loss) if device.type == "cuda" else training_loss
     step_function = partial(training_step, loss_function, trained, optimizer, data, args)
     if device.type == "cuda" and WORLD_SIZE == 1:
@@ -616,8 +616,8 @@ def train(args, folder, load=load_backbone):
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"\n{folder}: {parameters:.1f} M parameters, from {source}; {len(data.states):,} steps of {args.dataset}")
         writer = SummaryWriter(folder, purge_step=step + 1)
-        rows = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
-        writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{rows}")
+        rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
+        writer.add_text("hyperparameters", "\n".join(["|argument|value|", "|-|-|", *rows]))
     log_interval = max(1, args.steps_per_epoch // 25)
 
     for epoch in range(len(records), args.num_epochs + 1):  # epoch 0 only evaluates: the model before fine-tuning
@@ -662,8 +662,8 @@ def train(args, folder, load=load_backbone):
         if epoch > 0 and mean_return >= max(record["return_mean"] for record in records[1:]):
             save(folder / "best.pt", partial(torch.save, checkpoint))
         checkpoint |= dict(optimizer=optimizer.state_dict(), records=records, history=history)
-        save(folder / "latest.pt", partial(torch.save, checkpoint))
         save_json(folder / "summary.json", dict(args=asdict(args), source=source, epochs=records, history=history))
+        save(folder / "latest.pt", partial(torch.save, checkpoint))
 
 
 # ======================================================================================================================
@@ -693,41 +693,44 @@ def window_gradients(model, windows, names, chunk_size):
 def gradient_statistics(model, windows, num_confusion, chunk_size):
     """Norms and pairwise cosines of single windows' gradients, exactly and in bounded memory.
 
-    Returns the norms of each parameter set of the blocks {name: [windows]}, those over all parameters [windows], which
-    clipping acts on, and the cosines over the blocks' parameters of the first `num_confusion` windows [n, n].
-    Gradients are held for one block at a time: its part of every inner product is added up, and the next block follows.
-    That takes windows x parameters of a block, 2.8 GB for 100 windows of GPT-2 small, instead of 17 GB for 50.
+    Returns the norms over the blocks' parameters and over all parameters, both [windows], and the cosines over those of
+    the blocks between the first `num_confusion` windows [n, n]. Gradients are held for one block at a time: its part of
+    an inner product is added up. That takes 2.8 GB for 100 windows of GPT-2 small, instead of 17 GB for 50.
     """
     groups = [[f"transformer.h.{i}.{n}" for n, _ in h.named_parameters()] for i, h in enumerate(model.transformer.h)]
     in_blocks = list(itertools.chain(*groups))
     groups.append([name for name, _ in model.named_parameters() if name not in in_blocks])
-    norms, squares = {}, torch.zeros(len(windows[0]), dtype=torch.float64)
+    squares = torch.zeros(len(groups), len(windows[0]), dtype=torch.float64)  # of the norms
     inner_products = torch.zeros(num_confusion, num_confusion, dtype=torch.float64)
-    for names in tqdm(groups, desc="gradients", unit="block", leave=False):
-        for name, gradient in window_gradients(model, windows, names, chunk_size).items():
-            norm = torch.linalg.vector_norm(gradient, dim=1).cpu().double()
-            squares += norm**2
-            if name in in_blocks:
-                norms[name.removeprefix("transformer.h.")] = norm.numpy()
-                inner_products += (gradient[:num_confusion] @ gradient[:num_confusion].T).cpu().double()
+    for i, names in enumerate(tqdm(groups, desc="gradients", unit="block", leave=False)):
+        for gradient in window_gradients(model, windows, names, chunk_size).values():
+            squares[i] += gradient.square().sum(1).cpu()
+            if i < len(model.transformer.h):
+                inner_products += (gradient[:num_confusion] @ gradient[:num_confusion].T).cpu()
     length = inner_products.diagonal().sqrt()
     cosines = inner_products / (length[:, None] * length).clamp(min=1e-30)
-    return norms, squares.sqrt().numpy(), cosines.numpy()
+    return squares[:-1].sum(0).sqrt().numpy(), squares.sum(0).sqrt().numpy(), cosines.numpy()
 
 
-def clipped_norm(norm, max_grad_norm):
-    """What clip_grad_norm_ makes of a gradient of this norm; a threshold of 0 leaves it alone."""
-    return np.minimum(norm, max_grad_norm) if max_grad_norm else norm
+def clipped_norm(in_blocks, total, max_grad_norm):
+    """What is left of the blocks' gradient where clip_grad_norm_ has clipped over all parameters; 0 leaves it alone."""
+    return in_blocks * np.minimum(1, max_grad_norm / total) if max_grad_norm else in_blocks
+
+
+def batch_gradient(model, windows, max_grad_norm):
+    """Norm of each parameter set of the blocks in the clipped gradient of all windows as one batch (Fig. 7)."""
+    model.zero_grad()
+    training_loss(model, windows, windows[-1].sum())[0].backward()
+    nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
+    return {name: weight.grad.norm().item() for name, weight in model.transformer.h.named_parameters()}
 
 
 # ======================================================================================================================
-# Parameter change
+# Analysis: how far the parameters have moved, and everything about one checkpoint
 # ======================================================================================================================
 def change(before, after):
     """l2 distance, relative distance and cosine of two vectors; nan where one starts at zero and has no direction."""
     distance, length = torch.linalg.vector_norm(after - before).item(), torch.linalg.vector_norm(before).item()
-    if distance == 0:
-        return dict(distance=0.0, relative_distance=0.0, cosine=1.0)
     lengths = length * torch.linalg.vector_norm(after).item()
     cosine = (before @ after).item() / lengths if lengths else math.nan
     return dict(distance=distance, relative_distance=distance / length if length else math.nan, cosine=cosine)
@@ -736,36 +739,31 @@ def change(before, after):
 def parameter_change(before, after):
     """Change from one state dict to another (section 5.3): of each parameter set of the blocks, and of all together."""
     sets = [name for name in before if name.startswith("transformer.h.")]
-    pairs = [(before[name].double().flatten().cpu(), after[name].double().flatten().cpu()) for name in sets]
+    pairs = [(before[name].flatten().cpu().double(), after[name].flatten().cpu().double()) for name in sets]
     whole = change(*(torch.cat(vectors) for vectors in zip(*pairs)))
     return {name.removeprefix("transformer.h."): change(*pair) for name, pair in zip(sets, pairs)}, whole
 
 
-# ======================================================================================================================
-# Analysis: one checkpoint
-# ======================================================================================================================
 def analyse(folder, epoch, args):
     """Analyse the checkpoint of `epoch` of the run in `folder` in float32; returns all that table and figures show."""
     run_args, records, _ = read_run(folder)
     epoch = records[-1]["epoch"] if epoch is None else epoch
     device = find_device(args)
-    model, _ = load_model(folder / f"epoch_{epoch}.pt", device)
-    start, _ = load_model(folder / "epoch_0.pt", device)
+    start, model = (load_model(folder / f"epoch_{e}.pt", device)[0] for e in (0, epoch))
     data = OfflineData(run_args, make_env(run_args, 1), device)
-    count = max(args.norm_windows, args.confusion_windows)
-    starts = np.random.default_rng(args.seed).integers(len(data.states), size=count)  # the same ones for every run
+    starts = np.random.default_rng(args.seed).integers(
+        len(data.states), size=args.norm_windows
+    )  # the same in every run
     windows = data.windows(torch.as_tensor(starts, device=device), run_args.context_length)
-    norms, total, cosines = gradient_statistics(model, windows, args.confusion_windows, args.chunk_size)
-    norms, total = {name: norm[: args.norm_windows] for name, norm in norms.items()}, total[: args.norm_windows]
-    squares = {name: np.mean(norm**2) for name, norm in norms.items()}
+    in_blocks, total, cosines = gradient_statistics(model, windows, args.confusion_windows, args.chunk_size)
     clip, pairs = run_args.max_grad_norm, cosines[np.triu_indices(len(cosines), 1)]
     sets, whole = parameter_change(start.state_dict(), model.state_dict())
+    set_norms = batch_gradient(model, windows, clip)
     for name, values in sets.items():
-        values |= dict(norm=norms[name].mean(), share=squares[name] / sum(squares.values()))
-    backbone = Path(run_args.backbone).name
-    result = dict(run=f"{folder.name}, epoch {epoch}", backbone=backbone, folder=str(folder), epoch=epoch)
+        values |= dict(norm=set_norms[name], share=set_norms[name] / sum(set_norms.values()))
+    result = dict(run=f"{folder.name}, epoch {epoch}", backbone=Path(run_args.backbone).name, epoch=epoch)
     result |= dict(env=run_args.env, K=run_args.context_length, seed=run_args.seed, clip=clip, sample=run_args.sample)
-    result |= dict(norm_before=total, norm_after=clipped_norm(total, clip), cosines=pairs)
+    result |= dict(norm_before=total, norm_after=clipped_norm(in_blocks, total, clip), cosines=pairs)
     result |= dict(median_norm=np.median(total), clipped_windows=np.mean(total > clip) if clip else 0.0)
     result |= dict(clipped_steps=records[epoch]["clipped_fraction"], confusion=pairs.min(), mean_cosine=pairs.mean())
     return result | whole | dict(sets=sets, records=records)
@@ -787,9 +785,7 @@ def plot_windows(results, args):
     """Gradient norms of single windows before and after clipping, and the cosines of pairs (section 5.4)."""
     what = f"{args.norm_windows} single windows; lowest cosine among {args.confusion_windows}: gradient confusion"
     figure = new_figure(results, what, 5 + 3 * len(results), 4.5)
-    panels = dict(
-        norm_before="gradient norm", norm_after="gradient norm after clipping", cosines="cosine of two windows"
-    )
+    panels = dict(norm_before="gradient norm", norm_after="of the blocks, clipped", cosines="cosine of two windows")
     for axes, (key, label) in zip(figure.subplots(1, 3), panels.items()):
         names = [result["run"].replace(", ", "\n") for result in results]
         drawn = axes.boxplot([result[key] for result in results], tick_labels=names, patch_artist=True, whis=(0, 100))
@@ -853,8 +849,8 @@ class Run(Args):  # the arguments of one training run of the study
 
 if __name__ == "__main__":
     args, folder = parse_arguments()
-    if min(args.norm_windows, args.chunk_size) < 1 or args.confusion_windows < 2:
-        stop("--norm-windows and --chunk-size must be at least 1, and --confusion-windows at least 2.")
+    if not 2 <= args.confusion_windows <= args.norm_windows or args.chunk_size < 1:
+        stop("--confusion-windows must be from 2 to --norm-windows, and --chunk-size at least 1.")
     if not args.runs and max(args.epochs, default=0) > args.num_epochs:
         stop(f"--epochs {max(args.epochs)} is beyond --num-epochs {args.num_epochs}.")
     args.save_epochs = (0, *args.save_epochs, *args.epochs)
@@ -874,7 +870,11 @@ if __name__ == "__main__":
     changes = [(results, key, key.replace("_", " ")) for key in ("distance", "relative_distance", "cosine")]
     figures = {
         "gradient_windows": plot_windows(results, args),
-        "gradient_per_set": plot_sets(results, "gradient", [([result], "norm", "mean norm") for result in results]),
+        "gradient_per_set": plot_sets(
+            results,
+            f"gradient of {args.norm_windows} windows together",
+            [([result], "norm", "clipped norm") for result in results],
+        ),
         "parameter_change": plot_sets(results, "change of each parameter set since epoch 0", changes),
         "clipping": plot_clipping(results),
     }
@@ -883,7 +883,7 @@ if __name__ == "__main__":
     formats = dict(run="", median_norm=".3f", clipped_windows=".0%", clipped_steps=".0%", confusion=".3f")
     formats |= dict(distance=".2f", relative_distance=".4f", cosine=".5f")
     print_table(results, formats)
-    print("\nlargest shares of the squared gradient over the blocks:")
+    print("\nlargest shares, norm of the set / sum of the norms of all sets of the blocks:")
     for result in results:
         largest = sorted(result["sets"].items(), key=lambda item: -item[1]["share"])[:4]
         print(f"{result['run']}:", ", ".join(f"{name} {values['share']:.0%}" for name, values in largest))

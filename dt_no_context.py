@@ -133,8 +133,7 @@ def or_stop(message):
     try:
         yield
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
-        stop(f"{message} ({type(error).__name__}: {reason}).")
+        stop(f"{message} ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}).")
 
 
 def parse_arguments():
@@ -179,8 +178,7 @@ def save(path, write):
 
 
 def save_json(path, content):
-    text = json.dumps(content, indent=1, default=lambda array: array.tolist())
-    save(path, lambda temporary: temporary.write_text(text + "\n"))
+    save(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1, default=lambda x: x.tolist())))
 
 
 def read_run(folder):
@@ -228,8 +226,8 @@ def make_env(args, num_copies, **options):
 def read_d4rl(path):
     """Return the episodes of a D4RL file: a list of (observations [T, state_dim], actions [T, act_dim], rewards [T]).
 
-    An episode ends where `terminals` or `timeouts` is set. The steps after the last end belong to an episode that was
-    never finished and are left out, as in can-wikipedia-help-offline-rl, data/download_d4rl_datasets.py.
+    An episode ends where `terminals` or `timeouts` is set; what follows the last end is left out, as in the reference,
+    can-wikipedia-help-offline-rl, data/download_d4rl_datasets.py.
     """
     with h5py.File(path) as file:
         columns = [file[name][()] for name in ("observations", "actions", "rewards", "terminals", "timeouts")]
@@ -264,14 +262,12 @@ class OfflineData:
 
         ends = np.cumsum(lengths)
         returns_to_go = [r[::-1].cumsum(dtype=np.float64)[::-1] for r in np.split(rewards, ends[:-1])]  # undiscounted
-        timesteps = [np.arange(length) for length in lengths]
         mean, std = states.mean(0, dtype=np.float64), states.std(0, dtype=np.float64) + 1e-6
-        tensor = partial(torch.as_tensor, device=device, dtype=torch.float32)
-        self.state_mean, self.state_std = tensor(mean), tensor(std)  # [state_dim]
-        self.states = tensor((states - mean) / std)  # [N, state_dim]
-        self.actions = tensor(actions)  # [N, act_dim]
-        self.returns_to_go = tensor(np.concatenate(returns_to_go)[:, None] / RETURN_SCALE)  # [N, 1]
-        self.timesteps = torch.as_tensor(np.concatenate(timesteps), device=device)  # [N], since the episode's start
+        floats = (mean, std, (states - mean) / std, actions, np.concatenate(returns_to_go)[:, None] / RETURN_SCALE)
+        floats = [torch.as_tensor(np.float32(x), device=device) for x in floats]
+        self.state_mean, self.state_std = floats[:2]  # [state_dim]
+        self.states, self.actions, self.returns_to_go = floats[2:]  # [N, state_dim], [N, act_dim], [N, 1]
+        self.timesteps = torch.as_tensor(np.concatenate([np.arange(n) for n in lengths]), device=device)  # [N]
         self.episode_ends = torch.as_tensor(np.repeat(ends, lengths), device=device)  # [N], after its last transition
 
     def windows(self, starts, context_length):
@@ -294,8 +290,8 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-GELU_TANH = partial(nn.GELU, approximate="tanh")
-ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "gelu_new": GELU_TANH, "quick_gelu": QuickGELU}
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "gelu_new": partial(nn.GELU, approximate="tanh")}
+ACTIVATIONS["quick_gelu"] = QuickGELU
 LAYER_NORMS = {"gpt2": nn.LayerNorm, "imagegpt": nn.RMSNorm}  # ImageGPT subtracts no mean and has no bias
 
 
@@ -336,8 +332,8 @@ class Attention(nn.Module):
 
     def forward(self, x):
         query, key, value = self.c_attn(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
-        dropout = self.attention_dropout * self.training
-        y = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
+        dropout_p = self.attention_dropout * self.training
+        y = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, is_causal=True)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
 
 
@@ -361,8 +357,8 @@ class Block(nn.Module):
 class DecisionTransformer(nn.Module):
     """Predict each step's action from the returns-to-go, states and actions up to it (Chen et al. 2021).
 
-    As in the study, the time embedding is added after the LayerNorm of the token embeddings and the action head is the
-    transposed action embedding (can-wikipedia-help-offline-rl, decision_transformer/models/decision_transformer.py).
+    As in can-wikipedia-help-offline-rl's decision_transformer.py, the time embedding comes after the LayerNorm of the
+    token embeddings, and the action head is the transposed action embedding.
     Attention is causal and knows no position, so that windows are padded on the right and need no mask.
     """
 
@@ -378,21 +374,25 @@ class DecisionTransformer(nn.Module):
         self.embed_ln = nn.LayerNorm(width)
         h, ln_f = nn.ModuleList(Block(block) for block in blocks), LAYER_NORMS[final_norm](width, eps=blocks[0].epsilon)
         self.transformer = nn.ModuleDict(dict(drop=nn.Dropout(min(0.1, blocks[0].dropout)), h=h, ln_f=ln_f))
+        for name, weight in h.named_parameters():
+            if name.endswith("c_proj.weight"):  # the residual branches start small, as in GPT-2
+                nn.init.normal_(weight, std=0.02 / (2 * len(blocks)) ** 0.5)
 
     def embed(self, returns_to_go, states, actions, timesteps):
         """Return the tokens R_1 s_1 a_1 R_2 s_2 a_2 ... that enter the first block, [batch, 3K, width]."""
-        tokens = (self.embed_return(returns_to_go), self.embed_state(states), self.embed_action(actions))
+        with torch.autocast(states.device.type, enabled=False):  # bf16 has too few digits for a return
+            tokens = (self.embed_return(returns_to_go), self.embed_state(states), self.embed_action(actions))
         tokens = self.embed_ln(torch.stack(tokens, dim=2))  # [batch, K, 3, width]
-        tokens = tokens + self.embed_timestep(timesteps).unsqueeze(2)
-        return self.transformer.drop(tokens.flatten(1, 2))
+        return self.transformer.drop((tokens + self.embed_timestep(timesteps).unsqueeze(2)).flatten(1, 2))
 
     def forward(self, returns_to_go, states, actions, timesteps):
         """[batch, K, 1], [batch, K, state_dim], [batch, K, act_dim], [batch, K] to actions [batch, K, act_dim]."""
         x = self.embed(returns_to_go, states, actions, timesteps)
         for block in self.transformer.h:
             x = block(x)
-        at_states = self.transformer.ln_f(x)[:, 1::3]  # [batch, K, width]
-        return torch.tanh(F.linear(at_states, self.embed_action.weight.T))
+        at_states = self.transformer.ln_f(x)[:, 1::3].float()  # [batch, K, width]
+        with torch.autocast(states.device.type, enabled=False):  # in bf16 tanh is flat beyond 3.6
+            return torch.tanh(F.linear(at_states, self.embed_action.weight.T))
 
 
 def load_model(path, device):
@@ -408,8 +408,8 @@ def load_model(path, device):
 # ======================================================================================================================
 # Backbones: where the Transformer starts
 # ======================================================================================================================
-HUB_IDS = {"gpt2": "openai-community/gpt2", "igpt": "openai/imagegpt-small", "igpt-as-gpt2": "openai/imagegpt-small"}
-SAMPLE_FOLDERS = {"gpt2": "text-gpt2", "igpt": "image-gpt", "igpt-as-gpt2": "image-gpt"}
+SOURCES = {"gpt2": ("openai-community/gpt2", "text-gpt2"), "igpt": ("openai/imagegpt-small", "image-gpt")}
+SOURCES["igpt-as-gpt2"] = SOURCES["igpt"]  # hub id, and folder of the sample
 
 
 def load_backbone(args):
@@ -420,12 +420,10 @@ def load_backbone(args):
         block = BlockConfig(n_embd, n_head, 4 * n_embd, activation, dropout=args.dropout)
         return [block] * n_layer, "gpt2", {}, f"seed {args.seed}"
 
-    source = HUB_IDS.get(args.backbone, args.backbone)
-    if args.sample and args.backbone in SAMPLE_FOLDERS:
-        source = str(ASSETS / SAMPLE_FOLDERS[args.backbone])
+    hub_id, bundled = SOURCES.get(args.backbone, (args.backbone, None))
+    source = str(ASSETS / bundled) if args.sample and bundled else hub_id
     config, weights = read_pretrained(source)
-    # As the released code, igpt-as-gpt2 has GPT-2's LayerNorm, whose bias ImageGPT does not know; it starts at zero.
-    layer_norm = "gpt2" if args.backbone == "igpt-as-gpt2" else config.model_type
+    layer_norm = "gpt2" if args.backbone == "igpt-as-gpt2" else config.model_type  # its new bias starts at zero
     n_inner = config.n_inner or 4 * config.n_embd
     norm = dict(layer_norm=layer_norm, epsilon=config.layer_norm_epsilon)
     block = BlockConfig(config.n_embd, config.n_head, n_inner, config.activation_function, **norm, dropout=args.dropout)
@@ -440,7 +438,7 @@ def read_pretrained(source):
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     takes = (
-        f"{', '.join(HUB_IDS)}, random, random-gpt2, or the hub id or folder of a GPT-2 or ImageGPT; or try --sample"
+        f"{', '.join(SOURCES)}, random, random-gpt2, or the hub id or folder of a GPT-2 or ImageGPT; or try --sample"
     )
     with or_stop(f"the backbone {source} cannot be loaded, --backbone takes {takes}"):
         config = AutoConfig.from_pretrained(source)
@@ -450,8 +448,10 @@ def read_pretrained(source):
         model_class = GPT2Model if config.model_type == "gpt2" else ImageGPTModel
         options = dict(config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
         model, report = model_class.from_pretrained(source, **options)
-        wrong = {*report["missing_keys"], *report["mismatched_keys"], *report["unexpected_keys"]} - {"lm_head.weight"}
-        assert not wrong, f"missing, misshapen or unknown are {sorted(map(str, wrong))[:3]}"
+        wrong = [*report["missing_keys"], *report["mismatched_keys"], *report["unexpected_keys"]]
+        no_weights = ("lm_head.weight", ".attn.bias", ".attn.masked_bias")  # tied, and the masks of old checkpoints
+        wrong = [name for name in wrong if not str(name).endswith(no_weights)]
+        assert not wrong, f"missing, misshapen or unknown are {wrong[:3]}"
     weights = {name: value for name, value in model.state_dict().items() if not name.startswith(("wte.", "wpe."))}
     return config, weights
 
@@ -462,7 +462,7 @@ def read_pretrained(source):
 def autocast(args, device):
     """Matrix products in bf16 where `args.precision` says so; weights, gradients and optimizer stay float32."""
     cpu_has_bf16 = torch.cpu.get_capabilities().get("avx512_bf16")  # without it, bf16 is slower than float32
-    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bf16
     enabled = args.precision == "bf16" or bool(args.precision == "auto" and native)
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
@@ -472,8 +472,7 @@ def evaluate(model, env, data, args):
     """Play one episode in each copy of `env`, started with `args.seed` and the numbers after it.
 
     Returns the episodes' undiscounted returns and lengths in steps, both [episodes]. As in the Decision Transformer's
-    evaluation, the return-to-go starts at `args.target_return` and falls by each reward, and the model sees the last K
-    steps.
+    evaluation, the return-to-go starts at `args.target_return`, falls by each reward, and the model sees K steps.
     """
     model.eval()
     device, n, K = data.state_mean.device, env.num_envs, args.context_length
@@ -606,6 +605,7 @@ def train(args, folder, load=load_backbone):
     learning_rate = torch.tensor(args.learning_rate, device=device)  # a tensor, so that a CUDA graph reads it anew
     optimizer.param_groups[0].update(lr=learning_rate, capturable=device.type == "cuda")
     trained = nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
+    torch._dynamo.reset()  # or the ninth model of a study would run uncompiled
     loss_function = torch.compile(training_loss) if device.type == "cuda" else training_loss
     step_function = partial(training_step, loss_function, trained, optimizer, data, args)
     if device.type == "cuda" and WORLD_SIZE == 1:
@@ -615,8 +615,8 @@ def train(args, folder, load=load_backbone):
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"\n{folder}: {parameters:.1f} M parameters, from {source}; {len(data.states):,} steps of {args.dataset}")
         writer = SummaryWriter(folder, purge_step=step + 1)
-        rows = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
-        writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{rows}")
+        rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
+        writer.add_text("hyperparameters", "\n".join(["|argument|value|", "|-|-|", *rows]))
     log_interval = max(1, args.steps_per_epoch // 25)
 
     for epoch in range(len(records), args.num_epochs + 1):  # epoch 0 only evaluates: the model before fine-tuning
@@ -661,8 +661,8 @@ def train(args, folder, load=load_backbone):
         if epoch > 0 and mean_return >= max(record["return_mean"] for record in records[1:]):
             save(folder / "best.pt", partial(torch.save, checkpoint))
         checkpoint |= dict(optimizer=optimizer.state_dict(), records=records, history=history)
-        save(folder / "latest.pt", partial(torch.save, checkpoint))
         save_json(folder / "summary.json", dict(args=asdict(args), source=source, epochs=records, history=history))
+        save(folder / "latest.pt", partial(torch.save, checkpoint))
 
 
 # ======================================================================================================================

@@ -24,6 +24,16 @@ PAPER = {
     ("HalfCheetah", 1): {"gpt2": 47.9, "random": 49.2},
     ("Walker2d", 1): {"gpt2": 71.2, "random": 35.6},
 }
+# The released code (compute_normalized_score.py) normalizes by the mean returns of D4RL's random-v2 and expert-v2 data,
+# not by D4RL's constants. It prints them for Hopper only, in compute_normalized_score.ipynb.
+PAPER_HOPPER = (18.398905, 3511.3577)
+D4RL_HOPPER = (-20.272305, 3234.3)
+
+
+def on_d4rl_scale(score):
+    """The paper's Hopper score as D4RL's constants would have it."""
+    episode_return = PAPER_HOPPER[0] + score / 100 * (PAPER_HOPPER[1] - PAPER_HOPPER[0])
+    return 100 * (episode_return - D4RL_HOPPER[0]) / (D4RL_HOPPER[1] - D4RL_HOPPER[0])
 
 
 @dataclass
@@ -80,8 +90,10 @@ def score_table(folders):
     formats = {"last loss": ".3f", "best score": ".1f", "last score": ".1f"}
     table = over_seeds(rows, ("environment", "K", "backbone", "steps"), formats)
     for row in table:
-        paper = PAPER.get((row["environment"].rsplit("-v", 1)[0], row["K"]), {})
-        row["paper, best of 40"] = paper.get(row["backbone"], "-")
+        env_name = row["environment"].rsplit("-v", 1)[0]
+        paper = PAPER.get((env_name, row["K"]), {}).get(row["backbone"])
+        row["paper, best of 40, its scale"] = "-" if paper is None else paper
+        row["D4RL's scale"] = f"{on_d4rl_scale(paper):.1f}" if paper is not None and env_name == "Hopper" else "-"
     return table
 
 

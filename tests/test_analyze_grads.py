@@ -40,15 +40,13 @@ def plain_gradients(model, windows):
 @pytest.mark.parametrize("backbone,chunk_size", [("gpt2", 4), ("igpt", 100), ("random", 1)])
 def test_norms_and_cosines_equal_a_plain_loop(backbone, chunk_size):
     model, windows = model_and_windows(backbone)
-    norms, total, cosines = ag.gradient_statistics(model, windows, 5, chunk_size)
+    in_blocks, total, cosines = ag.gradient_statistics(model, windows, 5, chunk_size)
     plain = plain_gradients(model, windows)
     np.testing.assert_allclose(total, [torch.cat([g.flatten() for g in p.values()]).norm() for p in plain], rtol=1e-4)
     sets = [name for name in plain[0] if name.startswith("transformer.h.")]
-    assert list(norms) == [name.removeprefix("transformer.h.") for name in sets]
-    for name in sets:
-        expected = [p[name].norm().item() for p in plain]
-        np.testing.assert_allclose(norms[name.removeprefix("transformer.h.")], expected, rtol=1e-3, atol=1e-7)
-    flat = torch.stack([torch.cat([p[name].flatten() for name in sets]) for p in plain[:5]]).double()
+    flat = torch.stack([torch.cat([p[name].flatten() for name in sets]) for p in plain])
+    np.testing.assert_allclose(in_blocks, flat.norm(dim=1), rtol=1e-4)
+    flat = flat[:5].double()
     expected = torch.nn.functional.cosine_similarity(flat[:, None], flat[None], dim=-1)
     np.testing.assert_allclose(cosines, expected, atol=1e-4)
 
@@ -78,20 +76,39 @@ def test_opposite_targets_give_minus_one():
 
 
 @pytest.mark.parametrize("threshold", [0.25, 3.0, 1e6, 0])
-def test_clipped_norms_are_those_of_clip_grad_norm(threshold):
-    for norm in (0.01, 0.3, 5.0, 80.0):
-        p = torch.nn.Parameter(torch.zeros(7))
-        p.grad = torch.randn(7)
-        p.grad *= norm / p.grad.norm()
-        torch.nn.utils.clip_grad_norm_([p], threshold or float("inf"))
-        assert abs(ag.clipped_norm(np.array(norm), threshold) - p.grad.norm().item()) < 1e-4 * norm
+def test_clipped_norms_are_those_of_the_blocks_after_clipping_everything(threshold):
+    """Against clip_grad_norm_ over all parameters: where much of the gradient is outside the blocks, little is left."""
+    for scale, outside in ((0.1, 0.1), (5.0, 0.1), (5.0, 20.0)):
+        model = Toy()
+        for p, size in ((model.transformer.h[0].weight, scale), (model.scale, outside)):
+            p.grad = torch.randn_like(p)
+            p.grad *= size / p.grad.norm()
+        total = np.hypot(scale, outside)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), threshold or float("inf"))
+        expected = model.transformer.h[0].weight.grad.norm().item()
+        assert abs(ag.clipped_norm(np.array(scale), np.array(total), threshold) / expected - 1) < 1e-4
+
+
+@pytest.mark.parametrize("threshold", [0.25, 0])
+def test_the_batch_gradient_is_that_of_one_clipped_training_step(threshold):
+    model, windows = model_and_windows()
+    norms = ag.batch_gradient(model, windows, threshold)
+    model.zero_grad()
+    predicted = model(*windows[:4])
+    valid = windows[4]
+    ((predicted - windows[2])[valid] ** 2).mean().backward()  # all steps of all windows count alike
+    if threshold:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), threshold)
+    expected = {name: p.grad.norm().item() for name, p in model.transformer.h.named_parameters()}
+    assert norms.keys() == expected.keys()
+    np.testing.assert_allclose(list(norms.values()), list(expected.values()), rtol=1e-3)
 
 
 def test_parameter_change():
     before = {name: x.clone() for name, x in make_model(ag, "gpt2").state_dict().items()}
     changes, whole = ag.parameter_change(before, before)
-    unchanged = dict(distance=0.0, relative_distance=0.0, cosine=1.0)
-    assert all(change == unchanged for change in (whole, *changes.values()))
+    for change in (whole, *changes.values()):
+        assert change["distance"] == change["relative_distance"] == 0 and abs(change["cosine"] - 1) < 1e-12
     name, perturbation = "transformer.h.2.mlp.c_fc.weight", torch.randn(128, 512)
     after = before | {name: before[name] + perturbation}
     changes, whole = ag.parameter_change(before, after)
@@ -147,6 +164,7 @@ def test_train_and_analyse(run_script, tmp_path):
     for r in results:
         assert len(r["norm_before"]) == 5 and len(r["cosines"]) == 6 and r["confusion"] == min(r["cosines"])
         clipped = np.mean(np.array(r["norm_before"]) > r["clip"]) if r["clip"] else 0
+        assert max(r["norm_after"]) <= (r["clip"] or np.inf) and np.all(np.array(r["norm_after"]) < r["norm_before"])
         assert r["clipped_windows"] == clipped and r["median_norm"] == np.median(r["norm_before"])
         assert abs(r["mean_cosine"] - np.mean(r["cosines"])) < 1e-9
         assert abs(sum(values["share"] for values in r["sets"].values()) - 1) < 1e-6
@@ -184,6 +202,7 @@ def test_analyse_earlier_runs(run_script, tmp_path):
         (["--backbones", str(ROOT)], [str(ROOT)]),
         (["--runs", "nowhere"], ["nowhere"]),
         (["--confusion-windows", "1"], ["--confusion-windows"]),
+        (["--confusion-windows", "9"], ["--norm-windows"]),
         (["--epochs", "7"], ["--epochs 7"]),
         (["--env", "Hoper-v4"], ["Hoper-v4"]),
     ],

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ASSETS, sample_args
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dt_pretrained as dt
 
@@ -114,6 +115,27 @@ def test_minari_id_in_the_local_folder(tmp_path, monkeypatch):
     shutil.copytree(ASSETS / "minari/sample/hopper/medium-v0", tmp_path / "mujoco" / "hopper" / "medium-v0")
     data = load(dt.TASKS["Hopper"][0])
     assert torch.equal(data.states, load("sample/hopper/medium-v0").states)
+
+
+class NoFloat64(TorchDispatchMode):
+    """Fail where a float64 tensor comes into being anywhere but on the CPU, as Apple's GPUs do."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            assert not (torch.is_tensor(x) and x.dtype == torch.float64 and x.device.type != "cpu"), func
+        return out
+
+
+def test_no_float64_reaches_the_device():
+    """The meta device stands for one that has none."""
+    args = sample_args(dt)
+    with NoFloat64():
+        data = dt.OfflineData(args, dt.make_env(args, 1), torch.device("meta"))
+    assert {x.dtype for x in vars(data).values()} == {torch.float32, torch.int64}
+    assert {x.device.type for x in vars(data).values()} == {"meta"}
+    with pytest.raises(AssertionError), NoFloat64():  # and it would be noticed
+        torch.zeros(2, device="meta").double()
 
 
 def refused(capsys, *arguments):

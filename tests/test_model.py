@@ -149,9 +149,14 @@ def test_random_backbones_are_the_papers():
         blocks, _, weights, _ = dt.load_backbone(dt.Args(backbone=backbone))
         assert len(blocks) == 12 and not weights
         assert {(b.n_embd, b.n_head, b.n_inner, b.activation) for b in blocks} == {expected}
-    block = decision_transformer("random").transformer.h[1]
-    for layer in (block.attn.c_attn, block.mlp.c_fc):
-        assert abs(layer.weight.std().item() - 0.02) < 1e-3 and not layer.bias.any()
+    for n_layer in (4, 12):  # GPT-2 draws what ends a residual branch smaller, the deeper it is
+        torch.manual_seed(0)
+        blocks = [dt.BlockConfig(128, 1, 512, "relu")] * n_layer
+        block = dt.DecisionTransformer(blocks, "gpt2", **SHAPE).transformer.h[1]
+        for layer in (block.attn.c_attn, block.mlp.c_fc):
+            assert abs(layer.weight.std().item() / 0.02 - 1) < 0.03 and not layer.bias.any()
+        for layer in (block.attn.c_proj, block.mlp.c_proj):
+            assert abs(layer.weight.std().item() / (0.02 / (2 * n_layer) ** 0.5) - 1) < 0.03 and not layer.bias.any()
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "igpt"])
@@ -231,6 +236,45 @@ def refused(folder, capsys):
 def test_incomplete_checkpoints_are_refused(change, tmp_path, capsys):
     change_weights(tmp_path, change)
     assert "mlp.c_fc.bias" in refused(tmp_path, capsys)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "igpt"])
+def test_masks_of_old_checkpoints_are_no_weights(kind, tmp_path):
+    """openai/imagegpt-small keeps the causal mask of each block among its weights, as the first GPT-2 did."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(ASSETS / FOLDERS[kind] / "model.safetensors")
+    for i in range(4):
+        weights[f"transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 8, 8).tril()
+        weights[f"transformer.h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+    shutil.copy(ASSETS / FOLDERS[kind] / "config.json", tmp_path)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    _, _, expected, _ = dt.load_backbone(sample_args(dt, backbone=kind))
+    _, _, loaded, _ = load_local(tmp_path)
+    assert loaded.keys() == expected.keys() and all(torch.equal(loaded[k], expected[k]) for k in expected)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_action_head_and_return_are_float32_under_autocast(precision):
+    """Beyond 3.6 bf16's tanh is 1 with a gradient of 0, and returns of 3.600 and 3.601 are one."""
+    model = make_model(dt, "random")
+    model.embed_action.weight.data.zero_()
+    model.embed_action.weight.data[:, 0] = 4 / 128
+    model.transformer.ln_f.weight.data.zero_()
+    model.transformer.ln_f.bias.data.fill_(1.0)  # a pre-activation of 4, whatever the input
+    args = sample_args(dt, precision=precision)
+    with dt.autocast(args, torch.device("cpu")):
+        action = model(*random_window(1))[0, 0, 0]
+        action.backward()
+        window = [x[:1] for x in random_window(1)]
+        embedded = []
+        for value in (3.600, 3.601):
+            window[0] = torch.full((1, 1, 1), value)
+            embedded.append(model.embed(*window)[0, 0])
+    assert action.dtype == torch.float32
+    expected = 1 - torch.tanh(torch.tensor(4.0)) ** 2  # 0.0013
+    torch.testing.assert_close(model.transformer.ln_f.bias.grad.sum(), expected * 4, rtol=1e-2, atol=0)
+    assert not torch.equal(*embedded)
 
 
 @pytest.mark.parametrize("change", [{"scale_attn_by_inverse_layer_idx": True}, {"activation_function": "swish"}])

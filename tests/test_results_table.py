@@ -18,8 +18,16 @@ def test_scores_are_mean_and_deviation_over_seeds(tmp_path):
     folders = [finished_run(tmp_path / str(seed), seed, best) for seed, best in ((666, 40.0), (42, 44.0))]
     folders += [finished_run(tmp_path / "other", 1, 7.0, backbone="random-gpt2"), tmp_path / "no run"]
     lines = results_table.markdown(results_table.score_table(folders)).splitlines()
-    expected = "| Hopper-v4 | 20 | gpt2 | 800 | 42, 666 | 0.100 ± 0.000 | 42.0 ± 2.8 | 41.0 ± 2.8 | 79.5 |"
-    assert lines[2] == expected and "| 7.0 | 6.0 | - |" in lines[3] and len(lines) == 4
+    expected = "| Hopper-v4 | 20 | gpt2 | 800 | 42, 666 | 0.100 ± 0.000 | 42.0 ± 2.8 | 41.0 ± 2.8 | 79.5 | 86.5 |"
+    assert lines[2] == expected and "| 7.0 | 6.0 | - | - |" in lines[3] and len(lines) == 4
+
+
+def test_the_papers_scale():
+    """The notebook prints a return of 118.69 as a score of 2.871; with D4RL's constants it is 4.27."""
+    low, high = results_table.PAPER_HOPPER
+    score = 100 * (118.69181341220788 - low) / (high - low)
+    assert abs(score - 2.8712880990132525) < 1e-4
+    assert abs(results_table.on_d4rl_scale(score) - 100 * (118.6918 + 20.272305) / (3234.3 + 20.272305)) < 1e-3
 
 
 def test_two_runs_of_one_seed_are_refused(tmp_path):
