@@ -49,7 +49,7 @@ RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZ
 @dataclass
 class Args:
     backbones: tuple[str, ...] = ("random", "gpt2", "igpt")
-    """starting points to fine-tune: gpt2, igpt, igpt-as-gpt2, random, random-gpt2, hub ids or local folders"""
+    """starting points: gpt2, igpt, igpt-as-gpt2, random, random-gpt2, markov, markov-sharp, hub ids or local folders"""
     max_grad_norms: tuple[float, ...] = (0.25,)
     """clipping thresholds; training is repeated for each, 0 switches clipping off (App. G.3)"""
     runs: tuple[str, ...] = ()
@@ -118,8 +118,8 @@ TASKS = {
     "HalfCheetah": ("mujoco/halfcheetah/medium-v0", 6000, -280.178953, 12135.0),
     "Walker2d": ("mujoco/walker2d/medium-v0", 5000, 1.629008, 4592.3),
 }
-COLORS = defaultdict(lambda: "#CC79A7", {"random": "#555555", "random-gpt2": "#009E73"})  # Okabe and Ito's palette
-COLORS |= {"gpt2": "#0072B2", "igpt": "#D55E00", "igpt-as-gpt2": "#E69F00"}
+COLORS = defaultdict(lambda: "#CC79A7", {"random": "#555555", "random-gpt2": "#009E73", "markov": "#56B4E9"})
+COLORS |= {"gpt2": "#0072B2", "igpt": "#D55E00", "igpt-as-gpt2": "#E69F00", "markov-sharp": "#000000"}  # Okabe-Ito
 
 
 def stop(message, status=2):
@@ -291,8 +291,7 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "gelu_new": partial(nn.GELU, approximate="tanh")}
-ACTIVATIONS["quick_gelu"] = QuickGELU
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "gelu_new": partial(nn.GELU, "tanh"), "quick_gelu": QuickGELU}
 LAYER_NORMS = {"gpt2": nn.LayerNorm, "imagegpt": nn.RMSNorm}  # ImageGPT subtracts no mean and has no bias
 
 
@@ -410,7 +409,7 @@ def load_model(path, device):
 # Backbones: where the Transformer starts
 # ======================================================================================================================
 SOURCES = {"gpt2": ("openai-community/gpt2", "text-gpt2"), "igpt": ("openai/imagegpt-small", "image-gpt")}
-SOURCES["igpt-as-gpt2"] = SOURCES["igpt"]  # hub id, and folder of the sample
+SOURCES |= {"igpt-as-gpt2": SOURCES["igpt"]} | {name: (None, name) for name in ("markov", "markov-sharp")}
 
 
 def load_backbone(args):
@@ -423,6 +422,8 @@ def load_backbone(args):
 
     hub_id, bundled = SOURCES.get(args.backbone, (args.backbone, None))
     source = str(ASSETS / bundled) if args.sample and bundled else hub_id
+    if source is None:
+        stop(f"{args.backbone} is on no hub: make one by tests/build_assets.py --what markov and give its folder.")
     config, weights = read_pretrained(source)
     layer_norm = "gpt2" if args.backbone == "igpt-as-gpt2" else config.model_type  # its new bias starts at zero
     n_inner = config.n_inner or 4 * config.n_embd
@@ -613,8 +614,7 @@ def train(args, folder, load=load_backbone):
         step_function = RecordedStep(step_function)
 
     if RANK == 0:
-        parameters = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"\n{folder}: {parameters:.1f} M parameters, from {source}; {len(data.states):,} steps of {args.dataset}")
+        print(f"\n{folder}: weights from {source}, {len(data.states):,} steps of {args.dataset}")
         writer = SummaryWriter(folder, purge_step=step + 1)
         rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
         writer.add_text("hyperparameters", "\n".join(["|argument|value|", "|-|-|", *rows]))
@@ -785,14 +785,16 @@ def plot_windows(results, args):
     """Gradient norms of single windows before and after clipping, and the cosines of pairs (section 5.4)."""
     what = f"{args.norm_windows} single windows; lowest cosine among {args.confusion_windows}: gradient confusion"
     figure = new_figure(results, what, 5 + 3 * len(results), 4.5)
-    panels = dict(norm_before="gradient norm", norm_after="of the blocks, clipped", cosines="cosine of two windows")
+    panels = dict(
+        norm_before="gradient norm", norm_after="norm of the blocks, clipped", cosines="cosine of two windows"
+    )
     for axes, (key, label) in zip(figure.subplots(1, 3), panels.items()):
         names = [result["run"].replace(", ", "\n") for result in results]
         drawn = axes.boxplot([result[key] for result in results], tick_labels=names, patch_artist=True, whis=(0, 100))
         for box, median, result in zip(drawn["boxes"], drawn["medians"], results):
             box.set(facecolor=COLORS[result["backbone"]], alpha=0.6)
             median.set(color="black")
-        axes.set(ylabel=label, yscale="linear" if key == "cosines" else "log")
+        axes.set(ylabel=label, yscale="log" if key == "norm_before" else "linear")
         for level in {0} if key == "cosines" else {result["clip"] for result in results} - {0}:
             axes.axhline(level, color="black", linestyle="--", linewidth=1)
     return figure

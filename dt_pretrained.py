@@ -48,7 +48,7 @@ RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZ
 class Args:
     backbone: str = "gpt2"
     """gpt2, igpt, igpt-as-gpt2 (the released code's way of loading ImageGPT), random (1 head, ReLU, as in the paper),
-    random-gpt2 (GPT-2's architecture), any hub id of a GPT-2 or ImageGPT checkpoint, or a local folder of one"""
+    random-gpt2 (GPT-2's architecture), markov, markov-sharp, any hub id or folder of a GPT-2 or ImageGPT checkpoint"""
     env: str = "Hopper-v4"
     """gymnasium environment: Hopper, HalfCheetah or Walker2d, -v4 or -v5; others need --dataset and --target-return"""
     dataset: str | None = None
@@ -110,8 +110,8 @@ TASKS = {
     "HalfCheetah": ("mujoco/halfcheetah/medium-v0", 6000, -280.178953, 12135.0),
     "Walker2d": ("mujoco/walker2d/medium-v0", 5000, 1.629008, 4592.3),
 }
-COLORS = defaultdict(lambda: "#CC79A7", {"random": "#555555", "random-gpt2": "#009E73"})  # Okabe and Ito's palette
-COLORS |= {"gpt2": "#0072B2", "igpt": "#D55E00", "igpt-as-gpt2": "#E69F00"}
+COLORS = defaultdict(lambda: "#CC79A7", {"random": "#555555", "random-gpt2": "#009E73", "markov": "#56B4E9"})
+COLORS |= {"gpt2": "#0072B2", "igpt": "#D55E00", "igpt-as-gpt2": "#E69F00", "markov-sharp": "#000000"}  # Okabe-Ito
 
 
 def stop(message, status=2):
@@ -283,8 +283,7 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "gelu_new": partial(nn.GELU, approximate="tanh")}
-ACTIVATIONS["quick_gelu"] = QuickGELU
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "gelu_new": partial(nn.GELU, "tanh"), "quick_gelu": QuickGELU}
 LAYER_NORMS = {"gpt2": nn.LayerNorm, "imagegpt": nn.RMSNorm}  # ImageGPT subtracts no mean and has no bias
 
 
@@ -402,7 +401,7 @@ def load_model(path, device):
 # Backbones: where the Transformer starts
 # ======================================================================================================================
 SOURCES = {"gpt2": ("openai-community/gpt2", "text-gpt2"), "igpt": ("openai/imagegpt-small", "image-gpt")}
-SOURCES["igpt-as-gpt2"] = SOURCES["igpt"]  # hub id, and folder of the sample
+SOURCES |= {"igpt-as-gpt2": SOURCES["igpt"]} | {name: (None, name) for name in ("markov", "markov-sharp")}
 
 
 def load_backbone(args):
@@ -415,6 +414,8 @@ def load_backbone(args):
 
     hub_id, bundled = SOURCES.get(args.backbone, (args.backbone, None))
     source = str(ASSETS / bundled) if args.sample and bundled else hub_id
+    if source is None:
+        stop(f"{args.backbone} is on no hub: make one by tests/build_assets.py --what markov and give its folder.")
     config, weights = read_pretrained(source)
     layer_norm = "gpt2" if args.backbone == "igpt-as-gpt2" else config.model_type  # its new bias starts at zero
     n_inner = config.n_inner or 4 * config.n_embd
@@ -605,8 +606,7 @@ def train(args, folder, load=load_backbone):
         step_function = RecordedStep(step_function)
 
     if RANK == 0:
-        parameters = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"\n{folder}: {parameters:.1f} M parameters, from {source}; {len(data.states):,} steps of {args.dataset}")
+        print(f"\n{folder}: weights from {source}, {len(data.states):,} steps of {args.dataset}")
         writer = SummaryWriter(folder, purge_step=step + 1)
         rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
         writer.add_text("hyperparameters", "\n".join(["|argument|value|", "|-|-|", *rows]))

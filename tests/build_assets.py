@@ -1,8 +1,13 @@
-"""Make the bundled sample in tests/assets again: three offline data sets, a text GPT-2 and an ImageGPT.
+"""Make the bundled sample in tests/assets again: three data sets, and backbones of text, of images, of Markov chains.
 
     python tests/build_assets.py --what data      # a minute, needs only requirements.txt
     python tests/build_assets.py --what text      # apt-get install bible-kjv bible-kjv-text wordnet-base
     python tests/build_assets.py --what images    # apt-get install dataset-fashion-mnist
+    python tests/build_assets.py --what markov    # needs only requirements.txt
+
+A Markov backbone of GPT-2 small's size, for --backbone my-markov (wants a GPU):
+
+    python tests/build_assets.py --what markov --n-layer 12 --n-head 12 --n-embd 768 --steps 80000 --output my-markov
 
 The models are pre-trained with transformers' own classes and losses, so that nothing in this file can share a
 mistake with the scripts. Every command prints what it reached; tests/assets/README.md quotes those lines.
@@ -30,14 +35,25 @@ ASSETS = Path(__file__).resolve().parent / "assets"
 
 @dataclass
 class Args:
-    what: tuple[Literal["data", "text", "images"], ...] = ("data", "text", "images")
+    what: tuple[Literal["data", "text", "images", "markov"], ...] = ("data", "text", "images", "markov")
     """which parts to make again"""
     min_steps: int = 20_000
     """environment steps per data set; the last episode is always finished"""
-    train_steps: int = 2_400
+    steps: int = 2_400
     """pre-training steps of each model"""
     seed: int = 666
     """seed of the pre-training"""
+
+    n_layer: int = 4
+    """blocks of a Markov backbone"""
+    n_head: int = 4
+    """its heads"""
+    n_embd: int = 128
+    """its width"""
+    temperature: float = 1.0
+    """of its chain: the lower, the more there is to predict"""
+    output: Path | None = None
+    """folder of a Markov backbone; if not given, the two bundled ones are made, at temperatures 1 and 0.026"""
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -180,7 +196,7 @@ def build_text(train_steps, seed):
     windows = test[: len(test) // length * length].view(-1, length)
     loss = evaluate(model, windows, causal_loss)
     counts = torch.bincount(test, minlength=2048).double()
-    save(model, "text-gpt2")
+    save(model, ASSETS / "text-gpt2")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end).save_pretrained(
         ASSETS / "text-gpt2"
     )
@@ -211,7 +227,7 @@ def build_images(train_steps, seed):
     pretrain(model, lambda: train[torch.randint(len(train), (32,))], train_steps)
     loss = evaluate(model, test[:2000], causal_loss)
     counts = torch.bincount(test[:2000, 1:].flatten(), minlength=16).double()
-    save(model, "image-gpt")
+    save(model, ASSETS / "image-gpt")
     print(f"image-gpt: held out {loss / math.log(2):.3f} bits a pixel, unigram entropy {entropy(counts):.3f}")
 
 
@@ -221,7 +237,58 @@ def with_start(images):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Pre-training, the same for both
+# Markov chains: a GPT-2 that predicts the next of 100 states (Wang et al., ICLR 2024)
+# ---------------------------------------------------------------------------------------------------------------
+NUM_STATES = 100
+
+
+def transition_matrix(temperature, seed):
+    """Rows are softmaxes of logits from U(0, 1), as in Victor-wang-902/synthetic-pretrain-rl, ngram_generator.py."""
+    logits = torch.rand(NUM_STATES, NUM_STATES, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (logits / temperature).softmax(-1)
+
+
+def stationary_distribution(transitions):
+    """The pi [states] with pi P = pi and sum 1."""
+    equations = torch.cat([transitions.T - torch.eye(len(transitions)), torch.ones(1, len(transitions))])
+    right = torch.zeros(len(transitions) + 1, 1, dtype=transitions.dtype)
+    right[-1] = 1
+    return torch.linalg.lstsq(equations, right).solution[:, 0]
+
+
+def entropy_rate(transitions):
+    """Entropy in nats of the next state given the present one: what no prediction can go below."""
+    return -(stationary_distribution(transitions) @ torch.special.xlogy(transitions, transitions).sum(1)).item()
+
+
+def walk(transitions, start, length, size):
+    """Draw `size` sequences of the chain, the first states from `start`: [size, length]."""
+    states = [torch.multinomial(start, size, replacement=True)]
+    for _ in range(length - 1):
+        states.append(torch.multinomial(transitions[states[-1]], 1)[:, 0])
+    return torch.stack(states, dim=1)
+
+
+def build_markov(args, folder, temperature):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    transitions = transition_matrix(temperature, args.seed)
+    start, length = stationary_distribution(transitions), 64
+    torch.manual_seed(args.seed)
+    sizes = dict(n_positions=length, n_embd=args.n_embd, n_layer=args.n_layer, n_head=args.n_head)
+    no_dropout = dict(embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
+    config = GPT2Config(vocab_size=NUM_STATES, **sizes, **no_dropout, bos_token_id=None, eos_token_id=None)
+    model = GPT2LMHeadModel(config)
+    recipe = dict(learning_rate=3e-4, weight_decay=1e-2, betas=(0.9, 0.999), linear=True)
+    pretrain(model, lambda: walk(transitions, start, length, 32), args.steps, **recipe)
+    loss = evaluate(model, walk(transitions, start, length, 500), causal_loss)
+    save(model, folder)
+    rate = f"entropy rate {entropy_rate(transitions):.3f}, uniform {math.log(NUM_STATES):.3f}"
+    print(f"{folder.name}: temperature {temperature:g}, cross-entropy {loss:.3f} nats a state, {rate}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pre-training, the same for all
 # ---------------------------------------------------------------------------------------------------------------
 def causal_loss(model, tokens):
     """Mean cross-entropy, in nats, of each token given those before it."""
@@ -229,15 +296,18 @@ def causal_loss(model, tokens):
     return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def pretrain(model, sample_batch, train_steps, learning_rate=2e-3, warmup_steps=200):
-    """AdamW with warm-up and cosine decay, bf16 autocast, gradient norm clipped to 1."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
-    progress = tqdm(range(train_steps), desc=type(model).__name__, unit="step")
+def pretrain(model, sample_batch, steps, learning_rate=2e-3, weight_decay=0.1, betas=(0.9, 0.95), linear=False):
+    """AdamW with warm-up for a twelfth of the steps, cosine or linear decay, bf16 autocast, gradients clipped to 1."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    optimizer = torch.optim.AdamW(
+        model.to(device).parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay
+    )
+    progress = tqdm(range(steps), desc=type(model).__name__, unit="step")
     for step in progress:
-        decay = 0.5 * (1 + math.cos(math.pi * step / train_steps))
-        optimizer.param_groups[0]["lr"] = learning_rate * min((step + 1) / warmup_steps, max(decay, 0.02))
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = causal_loss(model, sample_batch())
+        decay = 1 - step / steps if linear else max(0.02, 0.5 * (1 + math.cos(math.pi * step / steps)))
+        optimizer.param_groups[0]["lr"] = learning_rate * min((step + 1) / (steps // 12), decay)
+        with torch.autocast(device, torch.bfloat16):
+            loss = causal_loss(model, sample_batch().to(device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -249,7 +319,7 @@ def pretrain(model, sample_batch, train_steps, learning_rate=2e-3, warmup_steps=
 @torch.no_grad()
 def evaluate(model, windows, loss):
     """Mean loss over `windows` [windows, tokens], after rounding the weights to float16 as they will be stored."""
-    model.half().float().eval()
+    model.cpu().half().float().eval()
     batches = windows.split(50)
     return sum(loss(model, batch).item() * len(batch) for batch in batches) / len(windows)
 
@@ -260,21 +330,26 @@ def entropy(counts):
     return -(p * p.log2()).sum().item()
 
 
-def save(model, name):
+def save(model, folder):
     """Write a Hugging Face folder with float16 safetensors in place of the old one."""
-    shutil.rmtree(ASSETS / name, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     if hasattr(model.config, "is_decoder"):
         del model.config.is_decoder  # the checkpoints on the hub do not have it either
-    model.half().save_pretrained(ASSETS / name)
+    model.half().save_pretrained(folder)
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
+    args = tyro.cli(Args, description=__doc__)
     if "data" in args.what:
         build_data("Hopper", 400_000, args.min_steps)
         build_data("HalfCheetah", 500_000, args.min_steps)
         build_data("Walker2d", 600_000, args.min_steps)
     if "text" in args.what:
-        build_text(args.train_steps, args.seed)
+        build_text(args.steps, args.seed)
     if "images" in args.what:
-        build_images(args.train_steps, args.seed)
+        build_images(args.steps, args.seed)
+    if "markov" in args.what and args.output:
+        build_markov(args, args.output, args.temperature)
+    elif "markov" in args.what:
+        build_markov(args, ASSETS / "markov", 1.0)
+        build_markov(args, ASSETS / "markov-sharp", 0.026)
