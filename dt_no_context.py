@@ -614,7 +614,7 @@ def train(args, folder, load=load_backbone):
 
     if RANK == 0:
         print(f"\n{folder}: weights from {source}, {len(data.states):,} steps of {args.dataset}")
-        writer = SummaryWriter(folder, purge_step=step + 1)
+        writer = SummaryWriter(folder, purge_step=step + 1, flush_secs=10)
         rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
         writer.add_text("hyperparameters", "\n".join(["|argument|value|", "|-|-|", *rows]))
     log_interval = max(1, args.steps_per_epoch // 25)
@@ -645,14 +645,14 @@ def train(args, folder, load=load_backbone):
 
         returns, lengths = evaluate(model, env, data, args)
         mean_return = returns.mean().item()
+        low, high = np.percentile(rng.choice(returns, (10_000, len(returns))).mean(axis=1), (2.5, 97.5))  # bootstrap
         record = dict(epoch=epoch, step=step, **dict(zip(METRICS, metrics.mean(0).tolist())))  # nan in epoch 0
-        record |= dict(return_mean=mean_return, return_std=returns.std().item(), length_mean=lengths.mean().item())
-        record |= dict(normalized_score=normalized_score(args.env, mean_return), seconds=time.perf_counter() - started)
-        records.append(record)
-        for name in ("return_mean", "return_std", "length_mean", "normalized_score"):
+        record |= dict(return_mean=mean_return, return_low=low.item(), return_high=high.item())
+        record |= dict(length_mean=lengths.mean().item(), normalized_score=normalized_score(args.env, mean_return))
+        records.append(record | dict(seconds=time.perf_counter() - started))
+        for name in ("return_mean", "length_mean", "normalized_score"):
             writer.add_scalar(f"eval/{name}", record[name], step)
-        writer.flush()
-        tqdm.write(f"epoch {epoch}: return {mean_return:.1f} ± {returns.std():.1f}")
+        tqdm.write(f"epoch {epoch}: return {mean_return:.1f}, 95 % interval {low:.1f} to {high:.1f}")
 
         checkpoint = dict(epoch=epoch, step=step, args=asdict(args), architecture=model.architecture)
         checkpoint |= dict(model=model.state_dict(), state_mean=data.state_mean, state_std=data.state_std)

@@ -607,7 +607,7 @@ def train(args, folder, load=load_backbone):
 
     if RANK == 0:
         print(f"\n{folder}: weights from {source}, {len(data.states):,} steps of {args.dataset}")
-        writer = SummaryWriter(folder, purge_step=step + 1)
+        writer = SummaryWriter(folder, purge_step=step + 1, flush_secs=10)
         rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
         writer.add_text("hyperparameters", "\n".join(["|argument|value|", "|-|-|", *rows]))
     log_interval = max(1, args.steps_per_epoch // 25)
@@ -638,14 +638,14 @@ def train(args, folder, load=load_backbone):
 
         returns, lengths = evaluate(model, env, data, args)
         mean_return = returns.mean().item()
+        low, high = np.percentile(rng.choice(returns, (10_000, len(returns))).mean(axis=1), (2.5, 97.5))  # bootstrap
         record = dict(epoch=epoch, step=step, **dict(zip(METRICS, metrics.mean(0).tolist())))  # nan in epoch 0
-        record |= dict(return_mean=mean_return, return_std=returns.std().item(), length_mean=lengths.mean().item())
-        record |= dict(normalized_score=normalized_score(args.env, mean_return), seconds=time.perf_counter() - started)
-        records.append(record)
-        for name in ("return_mean", "return_std", "length_mean", "normalized_score"):
+        record |= dict(return_mean=mean_return, return_low=low.item(), return_high=high.item())
+        record |= dict(length_mean=lengths.mean().item(), normalized_score=normalized_score(args.env, mean_return))
+        records.append(record | dict(seconds=time.perf_counter() - started))
+        for name in ("return_mean", "length_mean", "normalized_score"):
             writer.add_scalar(f"eval/{name}", record[name], step)
-        writer.flush()
-        tqdm.write(f"epoch {epoch}: return {mean_return:.1f} ± {returns.std():.1f}")
+        tqdm.write(f"epoch {epoch}: return {mean_return:.1f}, 95 % interval {low:.1f} to {high:.1f}")
 
         checkpoint = dict(epoch=epoch, step=step, args=asdict(args), architecture=model.architecture)
         checkpoint |= dict(model=model.state_dict(), state_mean=data.state_mean, state_std=data.state_std)
@@ -667,13 +667,16 @@ def plot_learning_curve(folder):
     figure = Figure(figsize=(16, 3.6), layout="constrained")
     sample = ", bundled sample" * args.sample
     figure.suptitle(f"{args.env}, {args.backbone}, K = {args.context_length}, seed {args.seed}{sample}")
-    panels = dict(return_mean=f"return ± 1 sd of {args.num_eval_episodes} episodes", loss="mean squared action error")
+    panels = dict(
+        return_mean=f"return of {args.num_eval_episodes} episodes, 95 % interval", loss="squared action error"
+    )
     panels |= dict(saturated_fraction="share of |action| > 0.99", grad_norm="gradient norm, dashed: clipping threshold")
     for axes, (name, label) in zip(figure.subplots(1, 4), panels.items()):
         lines = records if name == "return_mean" else history
-        std = [line["return_std"] for line in lines] if name == "return_mean" else None
-        steps, values = [line["step"] for line in lines], [line[name] for line in lines]
-        axes.errorbar(steps, values, std, color=COLORS[args.backbone], capsize=3)
+        steps = [line["step"] for line in lines]
+        axes.plot(steps, [line[name] for line in lines], color=COLORS[args.backbone])
+        low, high = ([line.get(end, line[name]) for line in lines] for end in ("return_low", "return_high"))
+        axes.fill_between(steps, low, high, color=COLORS[args.backbone], alpha=0.2)
         axes.set(xlabel="training step", ylabel=label, ylim=(0, None))
     if args.max_grad_norm:
         axes.axhline(args.max_grad_norm, color="black", linestyle="--")
@@ -712,8 +715,6 @@ if __name__ == "__main__":
         capture_video(folder / "best.pt", folder / "best.gif", args)
         capture_video(folder / f"epoch_{args.num_epochs}.pt", folder / "last.gif", args)
     formats = dict(epoch="d", loss=".4f", grad_norm=".3f", clipped_fraction=".0%", saturated_fraction=".0%")
-    formats |= dict(return_mean=".1f", return_std=".1f", length_mean=".1f", normalized_score=".1f")
+    formats |= dict(return_mean=".1f", return_low=".1f", return_high=".1f", length_mean=".1f", normalized_score=".1f")
     print_table(records, formats)
-    best = max(records[1:], key=lambda record: record["return_mean"])
-    print(f"The best score, which the paper reports, is {best['normalized_score']:.1f} in epoch {best['epoch']}.")
     print(f"{folder}: summary.json, learning_curve.png, checkpoints; or: tensorboard --logdir runs")

@@ -150,7 +150,7 @@ def test_two_processes_give_the_numbers_of_one(run_script, tmp_path):
     status, out, _ = finish(start(tmp_path, *arguments, "--run-name", "two", program=torchrun))
     assert status == 0 and out.count("epoch 1: return") == 1
     (_, one, _), (_, two, _) = (dt.read_run(tmp_path / "runs" / name) for name in ("one", "two"))
-    for name in ("loss", "grad_norm", "saturated_fraction", "return_mean", "return_std", "length_mean"):
+    for name in ("loss", "grad_norm", "saturated_fraction", "return_mean", "return_low", "return_high", "length_mean"):
         np.testing.assert_allclose([r[name] for r in two], [r[name] for r in one], rtol=1e-3, err_msg=name)
     weights = [torch.load(tmp_path / "runs" / n / "epoch_1.pt", weights_only=True)["model"] for n in ("one", "two")]
     for key, value in weights[0].items():
