@@ -150,9 +150,10 @@ def parse_arguments():
     elif args.sample:
         args = tyro.cli(Args, default=Args(sample=True, **SAMPLE))
 
-    for name in ("context_length", "batch_size", "num_epochs", "steps_per_epoch", "num_eval_episodes"):
-        if getattr(args, name) < 1:
-            stop(f"--{name.replace('_', '-')} must be at least 1, but is {getattr(args, name)}.")
+    at_least_1 = ("context_length", "batch_size", "num_epochs", "steps_per_epoch", "num_eval_episodes")
+    for name, value in vars(args).items():
+        if isinstance(value, int | float) and value < (name in at_least_1) and name != "target_return":
+            stop(f"--{name.replace('_', '-')} {value} is out of range.")
     env_name = args.env.rsplit("-v", 1)[0]
     if env_name not in TASKS and None in (args.dataset, args.target_return):
         stop(f"{args.env} is not one of {', '.join(TASKS)}: give --dataset and --target-return.")
@@ -451,9 +452,8 @@ def read_pretrained(source):
         options = dict(config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
         model, report = model_class.from_pretrained(source, **options)
         wrong = [*report["missing_keys"], *report["mismatched_keys"], *report["unexpected_keys"]]
-        no_weights = ("lm_head.weight", ".attn.bias", ".attn.masked_bias")  # tied, and the masks of old checkpoints
-        wrong = [name for name in wrong if not str(name).endswith(no_weights)]
-        assert not wrong, f"missing, misshapen or unknown are {wrong[:3]}"
+        wrong = [x for x in wrong if not str(x).endswith(("lm_head.weight", ".attn.bias", ".attn.masked_bias"))]
+        assert not wrong, f"missing, misshapen or unknown are {wrong[:3]}"  # old checkpoints' masks are no weights
     weights = {name: value for name, value in model.state_dict().items() if not name.startswith(("wte.", "wpe."))}
     return config, weights
 
@@ -786,7 +786,7 @@ def plot_windows(results, args):
     what = f"{args.norm_windows} single windows; lowest cosine among {args.confusion_windows}: gradient confusion"
     figure = new_figure(results, what, 5 + 3 * len(results), 4.5)
     panels = dict(
-        norm_before="gradient norm", norm_after="norm of the blocks, clipped", cosines="cosine of two windows"
+        norm_before="gradient norm", norm_after="of the blocks after clipping", cosines="cosine of two windows"
     )
     for axes, (key, label) in zip(figure.subplots(1, 3), panels.items()):
         names = [result["run"].replace(", ", "\n") for result in results]
@@ -851,8 +851,8 @@ class Run(Args):  # the arguments of one training run of the study
 
 if __name__ == "__main__":
     args, folder = parse_arguments()
-    if not 2 <= args.confusion_windows <= args.norm_windows or args.chunk_size < 1:
-        stop("--confusion-windows must be from 2 to --norm-windows, and --chunk-size at least 1.")
+    if not 2 <= args.confusion_windows <= args.norm_windows or args.chunk_size < 1 or min(args.max_grad_norms) < 0:
+        stop("--confusion-windows must be from 2 to --norm-windows, --chunk-size from 1, --max-grad-norms from 0.")
     if not args.runs and max(args.epochs, default=0) > args.num_epochs:
         stop(f"--epochs {max(args.epochs)} is beyond --num-epochs {args.num_epochs}.")
     args.save_epochs = (0, *args.save_epochs, *args.epochs)

@@ -142,9 +142,10 @@ def parse_arguments():
     elif args.sample:
         args = tyro.cli(Args, default=Args(sample=True, **SAMPLE))
 
-    for name in ("context_length", "batch_size", "num_epochs", "steps_per_epoch", "num_eval_episodes"):
-        if getattr(args, name) < 1:
-            stop(f"--{name.replace('_', '-')} must be at least 1, but is {getattr(args, name)}.")
+    at_least_1 = ("context_length", "batch_size", "num_epochs", "steps_per_epoch", "num_eval_episodes")
+    for name, value in vars(args).items():
+        if isinstance(value, int | float) and value < (name in at_least_1) and name != "target_return":
+            stop(f"--{name.replace('_', '-')} {value} is out of range.")
     env_name = args.env.rsplit("-v", 1)[0]
     if env_name not in TASKS and None in (args.dataset, args.target_return):
         stop(f"{args.env} is not one of {', '.join(TASKS)}: give --dataset and --target-return.")
@@ -443,9 +444,8 @@ def read_pretrained(source):
         options = dict(config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
         model, report = model_class.from_pretrained(source, **options)
         wrong = [*report["missing_keys"], *report["mismatched_keys"], *report["unexpected_keys"]]
-        no_weights = ("lm_head.weight", ".attn.bias", ".attn.masked_bias")  # tied, and the masks of old checkpoints
-        wrong = [name for name in wrong if not str(name).endswith(no_weights)]
-        assert not wrong, f"missing, misshapen or unknown are {wrong[:3]}"
+        wrong = [x for x in wrong if not str(x).endswith(("lm_head.weight", ".attn.bias", ".attn.masked_bias"))]
+        assert not wrong, f"missing, misshapen or unknown are {wrong[:3]}"  # old checkpoints' masks are no weights
     weights = {name: value for name, value in model.state_dict().items() if not name.startswith(("wte.", "wpe."))}
     return config, weights
 

@@ -214,6 +214,8 @@ def test_another_environment(run_script, tmp_path, monkeypatch):
         (["--context-length", "0"], ["--context-length"]),
         (["--batch-size", "-1"], ["--batch-size"]),
         (["--num-epochs", "0"], ["--num-epochs"]),
+        (["--max-grad-norm", "-1"], ["--max-grad-norm"]),
+        (["--learning-rate", "-0.1"], ["--learning-rate"]),
         (["--resume", "nowhere"], ["nowhere"]),
     ],
 )
