@@ -106,7 +106,7 @@ class Args:
 
 
 # What --sample changes where the user did not say otherwise.
-SAMPLE = dict(batch_size=32, learning_rate=2e-3, warmup_steps=400, steps_per_epoch=300, num_eval_episodes=8)
+SAMPLE = dict(batch_size=8, learning_rate=1e-3, warmup_steps=900, steps_per_epoch=900, num_eval_episodes=8)
 
 
 # ======================================================================================================================

@@ -118,7 +118,7 @@ class Args:
 
 
 # What --sample changes where the user did not say otherwise.
-SAMPLE = dict(batch_size=32, learning_rate=2e-3, warmup_steps=400, num_epochs=2, steps_per_epoch=200)
+SAMPLE = dict(batch_size=8, learning_rate=1e-3, warmup_steps=900, num_epochs=1, steps_per_epoch=900)
 SAMPLE |= dict(
     num_eval_episodes=8, cka_threshold=0.8, mine_windows=1500, mine_batch_size=150, mine_repeats=1, mine_steps=2
 )

@@ -105,7 +105,7 @@ class Args:
 
 
 # What --sample changes where the user did not say otherwise.
-SAMPLE = dict(learning_rate=5e-4, warmup_steps=400, num_epochs=6, steps_per_epoch=500, num_eval_episodes=8)
+SAMPLE = dict(learning_rate=1e-3, warmup_steps=1800, num_epochs=3, steps_per_epoch=1200, num_eval_episodes=8)
 
 
 # ======================================================================================================================
@@ -775,6 +775,9 @@ def plot_runs(runs, args):
             text = f"{name}, K = {run_args.context_length}, seed {run_args.seed}"
             epochs = range(len(records) - len(values), len(records))
             axes.plot(epochs, values, style, markersize=3, color=color, label=text)
+            if key == "return_mean" and not args.replace_blocks:  # 95 % bootstrap interval over episodes
+                low, high = ([record[end] for record in records] for end in ("return_low", "return_high"))
+                axes.fill_between(epochs, low, high, color=color, alpha=0.15, linewidth=0)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(xlabel="epoch", ylabel=label + ", moving average" * bool(args.replace_blocks))
     figure.legend(*axes.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=5)
@@ -840,13 +843,11 @@ if __name__ == "__main__":
     rows = []
     for name, run_args, records in runs:
         scores = [record["normalized_score"] for record in records]
-        last = dict(last_loss=records[-1]["loss"], last_saturated=records[-1]["saturated_fraction"])
-        row = dict(
-            run=name, K=run_args.context_length, seed=run_args.seed, best_score=max(scores[1:]), last_score=scores[-1]
-        )
-        rows.append(row | last)
+        low, high = (normalized_score(run_args.env, records[-1][end]) for end in ("return_low", "return_high"))
+        row = dict(run=name, K=run_args.context_length, seed=run_args.seed, best_score=max(scores[1:]))
+        row |= dict(last_score=scores[-1], last_low=low, last_high=high)  # with the 95 % interval over episodes
+        rows.append(row | dict(last_loss=records[-1]["loss"], last_saturated=records[-1]["saturated_fraction"]))
     save_json(folder / "results.json", dict(runs=rows, attention_distance=attention))
-    print_table(
-        rows, dict(run="", K="d", seed="d", best_score=".1f", last_score=".1f", last_loss=".4f", last_saturated=".0%")
-    )
+    formats = dict(run="", K="d", seed="d", best_score=".1f", last_score=".1f", last_low=".1f", last_high=".1f")
+    print_table(rows, formats | dict(last_loss=".4f", last_saturated=".0%"))
     print(f"{folder}: results.json, {figure_name}, attention_distance.png; or: tensorboard --logdir runs")

@@ -7,6 +7,7 @@ A folder counts by the summary.json or results.json that it holds; anything else
 """
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,16 +25,21 @@ PAPER = {
     ("HalfCheetah", 1): {"gpt2": 47.9, "random": 49.2},
     ("Walker2d", 1): {"gpt2": 71.2, "random": 35.6},
 }
+D4RL = {"Hopper": (-20.272305, 3234.3), "HalfCheetah": (-280.178953, 12135.0), "Walker2d": (1.629008, 4592.3)}
 # The released code (compute_normalized_score.py) normalizes by the mean returns of D4RL's random-v2 and expert-v2 data,
 # not by D4RL's constants. It prints them for Hopper only, in compute_normalized_score.ipynb.
 PAPER_HOPPER = (18.398905, 3511.3577)
-D4RL_HOPPER = (-20.272305, 3234.3)
 
 
 def on_d4rl_scale(score):
     """The paper's Hopper score as D4RL's constants would have it."""
-    episode_return = PAPER_HOPPER[0] + score / 100 * (PAPER_HOPPER[1] - PAPER_HOPPER[0])
-    return 100 * (episode_return - D4RL_HOPPER[0]) / (D4RL_HOPPER[1] - D4RL_HOPPER[0])
+    return normalized("Hopper", PAPER_HOPPER[0] + score / 100 * (PAPER_HOPPER[1] - PAPER_HOPPER[0]))
+
+
+def normalized(env_name, episode_return):
+    """D4RL's score of a return; nan where the returns of a random policy and of an expert are not known."""
+    random, expert = D4RL.get(env_name, (math.nan, math.nan))
+    return 100 * (episode_return - random) / (expert - random)
 
 
 @dataclass
@@ -79,18 +85,22 @@ def read(folders, name):
 
 
 def score_table(folders):
-    """Tables 1 and 2: one row per environment, K and backbone."""
+    """Tables 1 and 2: one row per environment, K and backbone, with the mean of the seeds' intervals over episodes."""
     rows = []
     for summary in read(folders, "summary.json").values():
         args, records = summary["args"], summary["epochs"]
         scores = [record["normalized_score"] for record in records]
         row = {"environment": args["env"], "K": args["context_length"], "backbone": Path(args["backbone"]).name}
         row |= {"steps": records[-1]["step"], "seed": args["seed"], "last loss": records[-1]["loss"]}
-        rows.append(row | {"best score": max(scores[1:]), "last score": scores[-1]})
-    formats = {"last loss": ".3f", "best score": ".1f", "last score": ".1f"}
-    table = over_seeds(rows, ("environment", "K", "backbone", "steps"), formats)
+        interval = [records[-1]["return_low"], records[-1]["return_high"]]
+        rows.append(row | {"best score": max(scores[1:]), "last score": scores[-1], "interval": interval})
+    keys = ("environment", "K", "backbone", "steps")
+    table = over_seeds(rows, keys, {"last loss": ".3f", "best score": ".1f", "last score": ".1f"})
     for row in table:
         env_name = row["environment"].rsplit("-v", 1)[0]
+        intervals = [other["interval"] for other in rows if all(other[key] == row[key] for key in keys)]
+        low, high = normalized(env_name, np.mean(intervals, axis=0))
+        row["its 95 % interval over episodes"] = f"{low:.1f} to {high:.1f}"
         paper = PAPER.get((env_name, row["K"]), {}).get(row["backbone"])
         row["paper, best of 40, its scale"] = "-" if paper is None else paper
         row["D4RL's scale"] = f"{on_d4rl_scale(paper):.1f}" if paper is not None and env_name == "Hopper" else "-"

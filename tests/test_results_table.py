@@ -5,11 +5,16 @@ import json
 import pytest
 import results_table
 
+import dt_pretrained
+
 
 def finished_run(folder, seed, best, backbone="gpt2"):
     folder.mkdir(parents=True)
     args = dict(env="Hopper-v4", context_length=20, backbone=backbone, seed=seed)
-    records = [dict(step=400 * i, loss=0.1, normalized_score=score) for i, score in enumerate((99, best, best - 1))]
+    ends = dict(return_low=results_table.D4RL["Hopper"][0], return_high=results_table.D4RL["Hopper"][1] * best / 40)
+    records = [
+        dict(step=400 * i, loss=0.1, normalized_score=score, **ends) for i, score in enumerate((99, best, best - 1))
+    ]
     (folder / "summary.json").write_text(json.dumps(dict(args=args, epochs=records)))
     return folder
 
@@ -18,8 +23,10 @@ def test_scores_are_mean_and_deviation_over_seeds(tmp_path):
     folders = [finished_run(tmp_path / str(seed), seed, best) for seed, best in ((666, 40.0), (42, 44.0))]
     folders += [finished_run(tmp_path / "other", 1, 7.0, backbone="random-gpt2"), tmp_path / "no run"]
     lines = results_table.markdown(results_table.score_table(folders)).splitlines()
-    expected = "| Hopper-v4 | 20 | gpt2 | 800 | 42, 666 | 0.100 ± 0.000 | 42.0 ± 2.8 | 41.0 ± 2.8 | 79.5 | 86.5 |"
-    assert lines[2] == expected and "| 7.0 | 6.0 | - | - |" in lines[3] and len(lines) == 4
+    expected = "| Hopper-v4 | 20 | gpt2 | 800 | 42, 666 | 0.100 ± 0.000 | 42.0 ± 2.8 | 41.0 ± 2.8 "
+    assert lines[2] == expected + "| 0.0 to 105.0 | 79.5 | 86.5 |"
+    assert "| 7.0 | 6.0 | 0.0 to 18.0 | - | - |" in lines[3] and len(lines) == 4
+    assert {name: task[2:] for name, task in dt_pretrained.TASKS.items()} == results_table.D4RL
 
 
 def test_the_papers_scale():
