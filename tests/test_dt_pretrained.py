@@ -49,7 +49,7 @@ def test_run_leaves_everything_that_was_promised(run_script, tmp_path):
     folder = tmp_path / "runs" / "a"
     args, records, history = dt.read_run(folder)
     saved = json.loads((folder / "args.json").read_text())
-    assert saved == vars(args) and saved["learning_rate"] == 2e-3 and saved["dataset"] == "sample/hopper/medium-v0"
+    assert saved == vars(args) and saved["learning_rate"] == 1e-3 and saved["dataset"] == "sample/hopper/medium-v0"
     assert [(r["epoch"], r["step"]) for r in records] == [(0, 0), (1, 6), (2, 12)] and math.isnan(records[0]["loss"])
     for record in records[1:]:
         assert (
