@@ -90,7 +90,7 @@ def test_learning_rate_rises_linearly_and_adamw_is_the_papers(run_script, monkey
     for backbone, epsilon in (("igpt", 1e-6), ("random", 1e-8)):
         run = [*TINY, "--num-epochs", "1", "--backbone", backbone, "--warmup-steps", "4", "--run-name", backbone]
         assert run_script(SCRIPT, *run).status == 0
-        expected = [[2e-3 * min(i / 4, 1), epsilon, 1e-4] for i in range(1, 7)]
+        expected = [[1e-3 * min(i / 4, 1), epsilon, 1e-4] for i in range(1, 7)]
         np.testing.assert_allclose(np.squeeze(seen), expected, rtol=1e-6)
         seen.clear()
 
