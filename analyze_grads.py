@@ -820,7 +820,7 @@ def plot_sets(results, what, panels):
             axes.set_ylim(lowest - 0.1 * (1 - lowest), 1)
         ticks = place if len(place) <= 60 else {name: i for name, i in place.items() if name.endswith("ln_1.weight")}
         axes.set_xticks(list(ticks.values()), list(ticks), rotation=90, fontsize="x-small")
-        axes.set(ylabel=label, xlim=(-1, len(place)))
+        axes.set(ylabel=label, xlim=(-1, len(place)), yscale="log" if key == "relative_distance" else "linear")
         axes.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
@@ -830,10 +830,10 @@ def plot_clipping(results):
     figure = new_figure(results, "clipping at work", 13, 3.8)
     panels = dict(loss="mean squared action error", return_mean="return", grad_norm="gradient norm before clipping")
     for axes, (key, label) in zip(figure.subplots(1, 3), panels.items()):
-        for result in results:
+        for name, result in {result["run"].partition(", epoch")[0]: result for result in results}.items():
             style, color = "-o" if result["clip"] else ":o", COLORS[result["backbone"]]
             values = [record[key] for record in result["records"]]
-            axes.plot(values, style, markersize=3, color=color, label=result["run"])
+            axes.plot(values, style, markersize=3, color=color, label=name)
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(*axes.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4)
