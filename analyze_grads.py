@@ -784,17 +784,18 @@ def new_figure(results, what, width, height):
 def plot_windows(results, args):
     """Gradient norms of single windows before and after clipping, and the cosines of pairs (section 5.4)."""
     what = f"{args.norm_windows} single windows; lowest cosine among {args.confusion_windows}: gradient confusion"
-    figure = new_figure(results, what, 5 + 3 * len(results), 4.5)
+    figure = new_figure(results, what, max(13, len(results)), 5.5)
     panels = dict(
         norm_before="gradient norm", norm_after="of the blocks after clipping", cosines="cosine of two windows"
     )
     for axes, (key, label) in zip(figure.subplots(1, 3), panels.items()):
-        names = [result["run"].replace(", ", "\n") for result in results]
+        names = [result["run"] for result in results]
         drawn = axes.boxplot([result[key] for result in results], tick_labels=names, patch_artist=True, whis=(0, 100))
         for box, median, result in zip(drawn["boxes"], drawn["medians"], results):
             box.set(facecolor=COLORS[result["backbone"]], alpha=0.6)
             median.set(color="black")
         axes.set(ylabel=label, yscale="log" if key == "norm_before" else "linear")
+        axes.tick_params("x", rotation=90)
         for level in {0} if key == "cosines" else {result["clip"] for result in results} - {0}:
             axes.axhline(level, color="black", linestyle="--", linewidth=1)
     return figure
