@@ -117,8 +117,8 @@ class Args:
     """folder to go on with, what is trained stays; its arguments hold, only --num-epochs may be given anew"""
 
 
-# What --sample changes where the user did not say otherwise.
-SAMPLE = dict(batch_size=8, learning_rate=1e-3, warmup_steps=900, num_epochs=1, steps_per_epoch=900)
+# What --sample changes where the user did not say otherwise; models that small need no dropout.
+SAMPLE = dict(batch_size=8, learning_rate=1e-3, warmup_steps=700, dropout=0.0, num_epochs=2, steps_per_epoch=700)
 SAMPLE |= dict(
     num_eval_episodes=8, cka_threshold=0.8, mine_windows=1500, mine_batch_size=150, mine_repeats=1, mine_steps=2
 )
@@ -849,8 +849,8 @@ def question(analysis, quantity, block, variable, representation):
     Figures show it at the token and step that it is about, which is not the label in Fig. 2.
     """
     token, step = representation if (analysis, quantity) == ("context", "I(Y;T)") else variable
-    asked = dict(analysis=analysis, quantity=quantity, block=block, token=token, step=step, control=False)
-    return asked | dict(variable=variable, representation=representation)
+    where = dict(analysis=analysis, quantity=quantity, block=block, token=token, step=step, control=False)
+    return where | dict(variable=variable, representation=representation)
 
 
 def questions_about_model(num_blocks, context_length, steps):
@@ -872,8 +872,8 @@ def questions_about_model(num_blocks, context_length, steps):
 
 def questions_about_data(steps):
     """What the paper asks of the data alone (App. H.2): I(s_t; a_t) and I(R_t; a_t)."""
-    of_states = [question("data", "I(s;a)", None, ("state", step), ("action", step)) for step in steps]
-    return of_states + [question("data", "I(R;a)", None, ("return", step), ("action", step)) for step in steps]
+    questions = [question("data", "I(s;a)", None, ("state", step), ("action", step)) for step in steps]
+    return questions + [question("data", "I(R;a)", None, ("return", step), ("action", step)) for step in steps]
 
 
 def answer(questions, windows, representations, args, run):
@@ -887,14 +887,14 @@ def answer(questions, windows, representations, args, run):
     shuffled = torch.as_tensor(np.concatenate([rng.permutation(half), rng.permutation(half) + half]))
     answers = []
     for token, values in zip(TOKENS, windows):
-        asked = [q for q in [*questions, *controls.values()] if q["variable"][0] == token]
+        about_token = [q for q in [*questions, *controls.values()] if q["variable"][0] == token]
         pairs = []
-        for q in asked:
+        for q in about_token:
             x = values[:, q["variable"][1]].cpu()
             pairs.append((x[shuffled] if q["control"] else x, representations[q["block"], *q["representation"]]))
         if pairs:
             estimates = mutual_information(pairs, args, values.device)
-            answers += [q | dict(run=run, held_out=a, training=b) for q, a, b in zip(asked, *estimates)]
+            answers += [q | dict(run=run, held_out=a, training=b) for q, a, b in zip(about_token, *estimates)]
     return answers
 
 

@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.update(TOKENIZERS_PARALLELISM="false", TF_CPP_MIN_LOG_LEVEL="3")
 
 TINY = ["--sample", "--steps-per-epoch", "6", "--num-eval-episodes", "2", "--batch-size", "8", "--precision", "fp32"]
+TINY += ["--dropout", "0.2"]
 SHAPE = dict(state_dim=11, act_dim=3, max_timestep=1000)
 
 
