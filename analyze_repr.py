@@ -78,7 +78,7 @@ class Args:
     dataset: str | None = None
     """Minari id, or D4RL .hdf5 file; if not given, mujoco/{hopper,halfcheetah,walker2d}/medium-v0"""
     sample: bool = False
-    """run on the small bundled data and backbones, every size that is not set chosen for two CPU cores"""
+    """run on the small bundled data and backbones, settings that are not given chosen for two CPU cores"""
 
     context_length: int = 20
     """K, the number of time steps that the model sees"""
