@@ -3,7 +3,8 @@
     python tests/results_table.py runs/*                      # prints them
     python tests/results_table.py runs/* --readme README.md   # and puts them between its <!-- table --> marks
 
-A folder counts by the summary.json or results.json that it holds; anything else in `runs` is passed over.
+A folder counts by the summary.json or results.json that it holds; anything else in `runs`, and a run that is not
+finished, is passed over.
 """
 
 import json
@@ -89,6 +90,8 @@ def score_table(folders):
     rows = []
     for summary in read(folders, "summary.json").values():
         args, records = summary["args"], summary["epochs"]
+        if records[-1]["epoch"] < args["num_epochs"]:
+            continue  # still at work, or interrupted
         scores = [record["normalized_score"] for record in records]
         row = {"environment": args["env"], "K": args["context_length"], "backbone": Path(args["backbone"]).name}
         row |= {"steps": records[-1]["step"], "seed": args["seed"], "last loss": records[-1]["loss"]}

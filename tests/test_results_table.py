@@ -10,11 +10,11 @@ import dt_pretrained
 
 def finished_run(folder, seed, best, backbone="gpt2"):
     folder.mkdir(parents=True)
-    args = dict(env="Hopper-v4", context_length=20, backbone=backbone, seed=seed)
+    args = dict(env="Hopper-v4", context_length=20, backbone=backbone, seed=seed, num_epochs=2)
     ends = dict(return_low=results_table.D4RL["Hopper"][0], return_high=results_table.D4RL["Hopper"][1] * best / 40)
-    records = [
-        dict(step=400 * i, loss=0.1, normalized_score=score, **ends) for i, score in enumerate((99, best, best - 1))
-    ]
+    records = [dict(epoch=i, step=400 * i, loss=0.1, **ends) for i in range(3)]
+    for record, score in zip(records, (99, best, best - 1)):
+        record["normalized_score"] = score
     (folder / "summary.json").write_text(json.dumps(dict(args=args, epochs=records)))
     return folder
 
@@ -35,6 +35,14 @@ def test_the_papers_scale():
     score = 100 * (118.69181341220788 - low) / (high - low)
     assert abs(score - 2.8712880990132525) < 1e-4
     assert abs(results_table.on_d4rl_scale(score) - 100 * (118.6918 + 20.272305) / (3234.3 + 20.272305)) < 1e-3
+
+
+def test_a_run_still_at_work_is_passed_over(tmp_path):
+    folder = finished_run(tmp_path / "a", 666, 40.0)
+    summary = json.loads((folder / "summary.json").read_text())
+    for number in (1, 2):
+        (folder / "summary.json").write_text(json.dumps(summary | dict(epochs=summary["epochs"][:number])))
+        assert results_table.score_table([folder]) == []
 
 
 def test_two_runs_of_one_seed_are_refused(tmp_path):
