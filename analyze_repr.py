@@ -1049,7 +1049,7 @@ def plot_mutual_information(results, information, estimate, settings):
     for top, bottom, depth in zip(*grid, ("shallow", "middle", "deep")):
         top.set_title(f"{depth} block")
         bottom.set_xlabel("time step of the token, 0 the last")
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=9, frameon=False)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     return figure
 
 

@@ -761,7 +761,9 @@ def plot_runs(runs, args):
     5.6.1, by a moving average that keeps 0.8 of the past, and the deeper the block, the lighter its colour.
     """
     figure = Figure(figsize=(13, 4.2), layout="constrained")
-    what = f"one block of {args.backbone} in a random model" if args.replace_blocks else "fine-tuning without context"
+    what = "fine-tuning without context"
+    if args.replace_blocks:
+        what = f"one block of {args.backbone} in a random model, moving averages"
     figure.suptitle(f"{args.env}: {what}{', bundled sample' * args.sample}")
     panels = dict(return_mean="return", loss="mean squared action error", saturated_fraction="share of |action| > 0.99")
     for axes, (key, label) in zip(figure.subplots(1, 3), panels.items()):
@@ -780,7 +782,7 @@ def plot_runs(runs, args):
                 low, high = ([record[end] for record in records] for end in ("return_low", "return_high"))
                 axes.fill_between(epochs, low, high, color=color, alpha=0.15, linewidth=0)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set(xlabel="epoch", ylabel=label + ", moving average" * bool(args.replace_blocks))
+        axes.set(xlabel="epoch", ylabel=label)
     figure.legend(*axes.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=5)
     return figure
 
