@@ -1001,7 +1001,7 @@ def plot_cka(results, args):
         axes.axhline(args.cka_threshold, color="black", linestyle="--", linewidth=0.8)
         axes.set(title=f"{token} token of the last step", xlabel="depth, 0 first layer, 1 last")
     figure.axes[0].set_ylabel("linear CKA, debiased")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
@@ -1049,7 +1049,7 @@ def plot_mutual_information(results, information, estimate, settings):
     for top, bottom, depth in zip(*grid, ("shallow", "middle", "deep")):
         top.set_title(f"{depth} block")
         bottom.set_xlabel("time step of the token, 0 the last")
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
@@ -1067,7 +1067,7 @@ def plot_information_per_block(results, information, estimate, settings):
             controls = np.mean([a[estimate] for a in select(answers, control=True)], axis=1)
             axes.plot(depth, controls, "--", color=color, linewidth=1)
         axes.set(ylabel=f"{formula}, nats", xlabel="depth, 0 first block, 1 last")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
