@@ -1,29 +1,30 @@
-"""Open up the gradients: how large are they, do they agree, what does clipping do, how far do parameters move?
+"""Open up the gradients: how large, do they agree, what does clipping do, how far do weights move?
 
-    python analyze_grads.py --sample                                                   # bundled inputs, two CPU cores
-    python analyze_grads.py --backbones random gpt2 igpt igpt-as-gpt2 --env Hopper-v4  # one epoch each, as the paper
-    python analyze_grads.py --backbones igpt --num-epochs 40 --max-grad-norms 0.25 0   # App. G.3
-    python analyze_grads.py --runs runs/ONE runs/ANOTHER --epochs 1 40                 # checkpoints of other scripts
+    python analyze_grads.py --sample                                    # two CPU cores
+    python analyze_grads.py --backbones random gpt2 igpt-as-gpt2        # one epoch, as in the paper
+    python analyze_grads.py --runs runs/ONE runs/ANOTHER --epochs 1 40  # finished runs
+    python analyze_grads.py --backbones igpt-as-gpt2 --num-epochs 10 --max-grad-norms 0.25 0
 
-Paper: S. Takagi, "On the Effect of Pre-training for Transformer in Different Modality on Offline Reinforcement
-Learning", NeurIPS 2022, https://arxiv.org/abs/2211.09817 (sections 5.3 and 5.4, App. G.3).
+The last one trains with and without clipping (App. G.3).
+
+Paper: S. Takagi, "On the Effect of Pre-training for Transformer in Different Modality on Offline
+Reinforcement Learning", NeurIPS 2022, https://arxiv.org/abs/2211.09817 (sections 5.3, 5.4, App. G).
+
+A comment like [experiment.py#L321] points to a line of the paper's released code, under
+https://github.com/t46/pre-training-different-modality-offline-rl/blob/200abbe/can-wikipedia-help-offline-rl
 """
 
-import itertools
 import json
 import math
 import os
 import sys
 import time
 import warnings
-from collections import OrderedDict, defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import gymnasium as gym
 import h5py
@@ -40,278 +41,127 @@ from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
 ASSETS = Path(__file__).resolve().parent / "tests" / "assets"
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+RANK = int(os.environ.get("RANK", 0))  # set by torchrun, as is WORLD_SIZE
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # Arguments
-# ======================================================================================================================
+# ==================================================================================================
 @dataclass
 class Args:
     backbones: tuple[str, ...] = ("random", "gpt2", "igpt")
-    """starting points: gpt2, igpt, igpt-as-gpt2, random, random-gpt2, markov, markov-sharp, hub ids or local folders"""
+    """starting points to compare, each as --backbone of dt_pretrained.py takes it"""
     max_grad_norms: tuple[float, ...] = (0.25,)
     """clipping thresholds; training is repeated for each, 0 switches clipping off (App. G.3)"""
     runs: tuple[str, ...] = ()
-    """run folders of dt_pretrained.py or dt_no_context.py whose checkpoints are analysed instead of training"""
+    """finished runs of any script to analyze instead of training"""
     epochs: tuple[int, ...] = ()
-    """epochs whose checkpoints are analysed; if not given, the last"""
+    """epochs whose models are analyzed; by default the last"""
     norm_windows: int = 100
-    """windows whose single gradients give norms"""
+    """windows whose single gradients are measured"""
     confusion_windows: int = 50
     """how many of them are compared with each other, pair by pair"""
-    chunk_size: int = 10
-    """windows whose gradients are computed at the same time; changes memory, not results"""
 
+    backbone: tyro.conf.Suppress[str] = ""  # of one run, which the script sets
+    max_grad_norm: tyro.conf.Suppress[float] = 0.25
     env: str = "Hopper-v4"
-    """gymnasium environment: Hopper, HalfCheetah or Walker2d, -v4 or -v5; others need --dataset and --target-return"""
+    """Hopper, HalfCheetah or Walker2d, -v4 or -v5; others need --dataset and --target-return"""
     dataset: str | None = None
-    """Minari id, or D4RL .hdf5 file; if not given, mujoco/{hopper,halfcheetah,walker2d}/medium-v0"""
+    """Minari id or D4RL .hdf5 file; by default mujoco/{hopper,halfcheetah,walker2d}/medium-v0"""
     sample: bool = False
-    """run on the small bundled data and backbones, settings that are not given chosen for two CPU cores"""
+    """bundled data and small backbones, and sizes for two CPU cores where none are given"""
 
     context_length: int = 20
     """K, the number of time steps that the model sees"""
+    dropout: float = 0.2
+    """on the residual branches; on attention weights and the backbone's input it is at most 0.1"""
+    head_std: float | None = None
+    """standard deviation of the initial action embedding, which is the action head too; by default
+    nn.Linear's, as in the paper, with which the tanh of the actions starts saturated (try 0.02)"""
+
     batch_size: int = 64
-    """windows per training step"""
+    """windows per training step, of all processes together"""
     learning_rate: float = 1e-4
-    """AdamW's learning rate after the warm-up"""
+    """of AdamW, after the warm-up"""
     weight_decay: float = 1e-4
-    """AdamW's weight decay, on all parameters"""
+    """of AdamW, on all parameters"""
     warmup_steps: int = 5000
     """training steps over which the learning rate rises linearly"""
-    dropout: float = 0.2
-    """dropout on the residual branches; on attention weights and on the backbone's input it is at most 0.1"""
     num_epochs: int = 1
     """epochs, each followed by an evaluation"""
     steps_per_epoch: int = 2500
     """training steps per epoch"""
+
     num_eval_episodes: int = 100
     """episodes per evaluation"""
     target_return: float | None = None
-    """return the model is asked for; if not given, Hopper 3600, HalfCheetah 6000, Walker2d 5000"""
+    """return to ask for; by default Hopper 3600, HalfCheetah 6000, Walker2d 5000"""
 
     seed: int = 666
     """fixes initial weights, windows, dropout and evaluation episodes"""
     device: str = "auto"
     """auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, mps"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """of matrix products, weights are always float32; auto is bf16 where the device computes with it"""
+    """of matrix products, weights are always float32; auto is bf16 where that is fast"""
+    compile: bool = torch.cuda.is_available()
+    """torch.compile the model"""
     save_epochs: tuple[int, ...] = (0, 1)
-    """epochs after which a checkpoint is kept, 0 being before training; the last is always kept"""
+    """epochs whose model is kept, 0 being before training; the last is always kept"""
     run_name: str | None = None
-    """folder under runs/; if not given, {env}__{script}__study__{seed}__{time}"""
-    resume: str | None = None
-    """folder to go on with, what is trained stays; its arguments hold, only --num-epochs may be given anew"""
+    """folder under runs/; the same command with the same name goes on where the run stopped"""
 
 
-# What --sample changes where the user did not say otherwise; models that small need no dropout.
-SAMPLE = dict(batch_size=8, learning_rate=1e-3, warmup_steps=700, dropout=0.0, steps_per_epoch=700)
-SAMPLE |= dict(num_eval_episodes=8)
+# What --sample changes where nothing else is given; models that small need no dropout.
+SAMPLE = Args(
+    sample=True,
+    dropout=0.0,
+    batch_size=8,
+    learning_rate=1e-3,
+    warmup_steps=700,
+    steps_per_epoch=700,
+    num_eval_episodes=8,
+)
+# What may differ from before when a run is gone on with.
+MAY_DIFFER = {"num_epochs", "save_epochs", "backbones", "max_grad_norms", "runs", "epochs"}
+MAY_DIFFER |= {"norm_windows", "confusion_windows"}
 
 
-# ======================================================================================================================
-# Helpers: what is not given, what goes wrong, what is written
-# ======================================================================================================================
-# Per environment: data set, the return that is asked for, and D4RL's returns of a random policy and of an expert.
-TASKS = {
-    "Hopper": ("mujoco/hopper/medium-v0", 3600, -20.272305, 3234.3),
-    "HalfCheetah": ("mujoco/halfcheetah/medium-v0", 6000, -280.178953, 12135.0),
-    "Walker2d": ("mujoco/walker2d/medium-v0", 5000, 1.629008, 4592.3),
-}
-COLORS = defaultdict(lambda: "#CC79A7", {"random": "#555555", "random-gpt2": "#009E73", "markov": "#56B4E9"})
-COLORS |= {"gpt2": "#0072B2", "igpt": "#D55E00", "igpt-as-gpt2": "#E69F00", "markov-sharp": "#000000"}  # Okabe-Ito
-
-
-def stop(message, status=2):
-    """End the program with one sentence on stderr: this, the user can put right."""
-    tqdm.write(message, file=sys.stderr)  # on a line of its own, also beside a progress bar
-    raise SystemExit(status)
-
-
-@contextmanager
-def or_stop(message):
-    """Whatever the libraries raise in this context ends the program with `message` and the first line of the reason."""
-    try:
-        yield
-    except Exception as error:
-        stop(f"{message} ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}).")
-
-
-def parse_arguments():
-    """Return the arguments and the run folder; what is not given is the sample's, or that of the run to resume."""
-    args = tyro.cli(Args, description=__doc__)
-    if args.resume:
-        with or_stop(f"{args.resume} cannot be resumed, it has no args.json of {SCRIPT}.py"):
-            before = json.loads(Path(args.resume, "args.json").read_text())
-            before = Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in before.items()})
-        args = tyro.cli(Args, default=before)
-        if replace(args, num_epochs=before.num_epochs, resume=None) != before:
-            stop("A run is resumed with the arguments that it was started with, only --num-epochs may be given anew.")
-    elif args.sample:
-        args = tyro.cli(Args, default=Args(sample=True, **SAMPLE))
-
-    at_least_1 = ("context_length", "batch_size", "num_epochs", "steps_per_epoch", "num_eval_episodes")
-    for name, value in vars(args).items():
-        if isinstance(value, int | float) and value < (name in at_least_1) and name != "target_return":
-            stop(f"--{name.replace('_', '-')} {value} is out of range.")
-    env_name = args.env.rsplit("-v", 1)[0]
-    if env_name not in TASKS and None in (args.dataset, args.target_return):
-        stop(f"{args.env} is not one of {', '.join(TASKS)}: give --dataset and --target-return.")
-    args.dataset = args.dataset or (f"sample/{env_name.lower()}/medium-v0" if args.sample else TASKS[env_name][0])
-    if args.target_return is None:
-        args.target_return = TASKS[env_name][1]
-    backbone = Path(getattr(args, "backbone", "study")).name
-    args.run_name = args.run_name or f"{args.env}__{SCRIPT}__{backbone}__{args.seed}__{int(time.time())}"
-    folder = Path(args.resume or f"runs/{args.run_name}")
-    if not args.resume and list(folder.rglob("latest.pt")):
-        stop(f"{folder} holds a run already; choose another --run-name, or go on with it by --resume {folder}.")
-    args.resume = None
-    if RANK == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_json(folder / "args.json", asdict(args))
-    return args, folder
-
-
-def save(path, write):
-    """Let `write` fill a temporary file and move it to `path`, which so appears whole or not at all."""
-    temporary = path.with_name("." + path.name)
-    write(temporary)
-    os.replace(temporary, path)
-
-
-def save_json(path, content):
-    save(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1, default=lambda x: x.tolist())))
-
-
-def read_run(folder):
-    """Return the arguments of the run in `folder`, its records per epoch and its history."""
-    with or_stop(f"{folder} is no folder of a run"):
-        summary = json.loads(Path(folder, "summary.json").read_text())
-        return SimpleNamespace(**summary["args"]), summary["epochs"], summary["history"]
-
-
-def save_figure(figure, path, step):
-    """Write a matplotlib figure as a PNG, and as a TensorBoard image into the same folder."""
-    save(path, partial(figure.savefig, dpi=120))
-    with SummaryWriter(path.parent) as writer:
-        writer.add_figure(path.stem, figure, step)
-
-
-def print_table(rows, formats):
-    """Print rows [list of dicts] as a table; `formats` are its columns and how they are printed, nan as -."""
-    lines = [list(formats)]
-    for row in rows:
-        lines.append([format(row[name], form) if row[name] == row[name] else "-" for name, form in formats.items()])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for line in lines:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
-
-
-# ======================================================================================================================
-# Environment and data
-# ======================================================================================================================
-RETURN_SCALE = 1000  # returns-to-go are divided by this before they enter the model
-warnings.filterwarnings("ignore", message=".*is out of date.*")  # -v4 is what the paper used
-# HalfCheetah's model file sets off a deprecation warning for every copy; anything else should be seen.
-mujoco.set_mju_user_warning(lambda text: "deprecated" in text or print(f"mujoco: {text}", file=sys.stderr))
-
-
-def make_env(args, num_copies, **options):
-    """Return a gymnasium vector environment with `num_copies` of `args.env`."""
-    with or_stop(f"the environment {args.env} cannot be used"):
-        env = gym.make_vec(args.env, num_copies, vectorization_mode="sync", **options)
-        space = env.single_action_space
-        assert (np.abs([space.low, space.high]) == 1).all(), f"its actions are {space}, the model's are from -1 to 1"
-    return env
-
-
-def read_d4rl(path):
-    """Return the episodes of a D4RL file: a list of (observations [T, state_dim], actions [T, act_dim], rewards [T]).
-
-    An episode ends where `terminals` or `timeouts` is set; what follows the last end is left out, as in the reference,
-    can-wikipedia-help-offline-rl, data/download_d4rl_datasets.py.
-    """
-    with h5py.File(path) as file:
-        columns = [file[name][()] for name in ("observations", "actions", "rewards", "terminals", "timeouts")]
-    assert len({len(column) for column in columns}) == 1, "its columns differ in length"
-    ends = np.flatnonzero(columns[3].astype(bool) | columns[4].astype(bool)) + 1
-    return list(zip(*(np.split(column, ends)[:-1] for column in columns[:3])))
-
-
-def read_minari(dataset):
-    """Return what `read_d4rl` does from a Minari data set, which is downloaded if it is not there."""
-    bundled = ASSETS / "minari" / dataset / "data"
-    data = minari.MinariDataset(bundled) if bundled.exists() else minari.load_dataset(dataset, download=True)
-    return [(e.observations[: len(e.actions)], e.actions, e.rewards) for e in data.iterate_episodes()]
-
-
-class OfflineData:
-    """The N transitions of `args.dataset`, one episode after the other. A batch of windows is an index lookup."""
-
-    def __init__(self, args, env, device):
-        takes = "a D4RL .hdf5 file, or a Minari id that is under MINARI_DATASETS_PATH or on the server; or try --sample"
-        with or_stop(f"--dataset {args.dataset} cannot be used, it takes {takes}"):
-            episodes = (read_d4rl if args.dataset.endswith(".hdf5") else read_minari)(args.dataset)
-            lengths = np.array([len(rewards) for _, _, rewards in episodes])
-            assert lengths.min(initial=1) > 0 and len(lengths), "it has no episode, or one without a step"
-            for observations, actions, rewards in episodes:
-                assert len(observations) == len(actions) == len(rewards), "its columns differ in length"
-            columns = [np.concatenate(column, dtype=np.float32, casting="same_kind") for column in zip(*episodes)]
-            assert all(np.isfinite(column).all() for column in columns), "it has non-finite numbers"
-            states, actions, rewards = columns
-            for x, shape in zip(columns, (env.single_observation_space.shape, env.single_action_space.shape, ())):
-                assert x.shape[1:] == shape, f"it has dimensions {x.shape[1:]} where {args.env} has {shape}"
-
-        ends = np.cumsum(lengths)
-        returns_to_go = [r[::-1].cumsum(dtype=np.float64)[::-1] for r in np.split(rewards, ends[:-1])]  # undiscounted
-        mean, std = states.mean(0, dtype=np.float64), states.std(0, dtype=np.float64) + 1e-6
-        floats = (mean, std, (states - mean) / std, actions, np.concatenate(returns_to_go)[:, None] / RETURN_SCALE)
-        floats = [torch.as_tensor(np.float32(x), device=device) for x in floats]
-        self.state_mean, self.state_std = floats[:2]  # [state_dim]
-        self.states, self.actions, self.returns_to_go = floats[2:]  # [N, state_dim], [N, act_dim], [N, 1]
-        self.timesteps = torch.as_tensor(np.concatenate([np.arange(n) for n in lengths]), device=device)  # [N]
-        self.episode_ends = torch.as_tensor(np.repeat(ends, lengths), device=device)  # [N], after its last transition
-
-    def windows(self, starts, context_length):
-        """Cut one window of K steps from each start [batch]; steps past the end of the episode are zeros.
-
-        Returns returns_to_go [batch, K, 1], states, actions, timesteps [batch, K] and the mask of valid steps, as long.
-        """
-        index = starts.unsqueeze(1) + torch.arange(context_length, device=starts.device)
-        valid = index < self.episode_ends[starts].unsqueeze(1)
-        index = torch.where(valid, index, 0)
-        parts = [x[index] * valid.unsqueeze(-1) for x in (self.returns_to_go, self.states, self.actions)]
-        return *parts, self.timesteps[index] * valid, valid
-
-
-# ======================================================================================================================
-# Model: a GPT that can be a GPT-2 and an ImageGPT, and the Decision Transformer around it
-# ======================================================================================================================
+# ==================================================================================================
+# Model: blocks that can be GPT-2's or ImageGPT's, and the Decision Transformer around them
+# ==================================================================================================
 class QuickGELU(nn.Module):
+    """The approximation of GELU that ImageGPT was trained with."""
+
     def forward(self, x):
         return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "gelu_new": partial(nn.GELU, "tanh"), "quick_gelu": QuickGELU}
-LAYER_NORMS = {"gpt2": nn.LayerNorm, "imagegpt": nn.RMSNorm}  # ImageGPT subtracts no mean and has no bias
+ACTIVATIONS = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "gelu_new": lambda: nn.GELU(approximate="tanh"),
+    "quick_gelu": QuickGELU,
+}
+# ImageGPT's own LayerNorm subtracts no mean and has no bias, which makes it an RMSNorm.
+LAYER_NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """Architecture of one block; a GPT is a list of these."""
+    """Architecture of one block; the blocks of a model may differ."""
 
     n_embd: int
     n_head: int
     n_inner: int
     activation: str
-    layer_norm: str = "gpt2"
+    layer_norm: str = "layernorm"
     epsilon: float = 1e-5  # of the LayerNorms
     dropout: float = 0.0
 
 
 class Conv1D(nn.Module):
-    """A linear layer with its weight stored [in, out], as in the checkpoints."""
+    """A linear layer that keeps its weight as [in, out], as GPT-2's checkpoints do."""
 
     def __init__(self, n_in, n_out):
         super().__init__()
@@ -323,572 +173,1266 @@ class Conv1D(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention, [batch, tokens, width] to the same."""
+    """Causal multi-head self-attention."""
 
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.attention_dropout = config.n_head, min(0.1, config.dropout)
+        self.n_head = config.n_head
+        self.attention_dropout = min(0.1, config.dropout)
         self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
+    def heads(self, x):
+        """Queries, keys and values of all heads, each [batch, heads, tokens, width / heads]."""
+        query, key, value = self.c_attn(x).chunk(3, dim=-1)
+        query = query.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+        key = key.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+        value = value.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+        return query, key, value
+
+    def forward(self, x):  # [batch, tokens, width]
+        query, key, value = self.heads(x)
+        dropout_p = self.attention_dropout if self.training else 0.0
+        x = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, is_causal=True)
+        x = x.transpose(1, 2).flatten(2)  # [batch, tokens, width], the heads side by side
+        return self.resid_dropout(self.c_proj(x))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = Conv1D(config.n_embd, config.n_inner)
+        self.act = ACTIVATIONS[config.activation]()
+        self.c_proj = Conv1D(config.n_inner, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+
     def forward(self, x):
-        query, key, value = self.c_attn(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
-        dropout_p = self.attention_dropout * self.training
-        y = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, is_causal=True)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
+        return self.dropout(self.c_proj(self.act(self.c_fc(x))))
 
 
 class Block(nn.Module):
-    """Attention and MLP, each after a LayerNorm and beside a residual connection; named as in the checkpoints."""
+    """Attention and MLP, each behind a LayerNorm; modules are named as in the checkpoints."""
 
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = LAYER_NORMS[config.layer_norm](config.n_embd, eps=config.epsilon)
+        layer_norm = LAYER_NORMS[config.layer_norm]
+        self.ln_1 = layer_norm(config.n_embd, eps=config.epsilon)
         self.attn = Attention(config)
-        self.ln_2 = LAYER_NORMS[config.layer_norm](config.n_embd, eps=config.epsilon)
-        c_fc, c_proj = Conv1D(config.n_embd, config.n_inner), Conv1D(config.n_inner, config.n_embd)
-        act, dropout = ACTIVATIONS[config.activation](), nn.Dropout(config.dropout)
-        self.mlp = nn.Sequential(OrderedDict(c_fc=c_fc, act=act, c_proj=c_proj, dropout=dropout))
+        self.ln_2 = layer_norm(config.n_embd, eps=config.epsilon)
+        self.mlp = MLP(config)
 
     def forward(self, x):
         x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.mlp(self.ln_2(x))
+        return x
 
 
 class DecisionTransformer(nn.Module):
-    """Predict each step's action from the returns-to-go, states and actions up to it (Chen et al. 2021).
+    """Predict each step's action from the returns-to-go, states and actions up to it.
 
-    As in can-wikipedia-help-offline-rl's decision_transformer.py, the time embedding comes after the LayerNorm of the
-    token embeddings, and the action head is the transposed action embedding.
-    Attention is causal and knows no position, so that windows are padded on the right and need no mask.
+    After Chen et al. 2021 and Reid et al. 2022. The backbone's own word and position embeddings are
+    not used: a learned embedding of the time step is all that a token knows about its position.
     """
 
     def __init__(self, blocks, final_norm, state_dim, act_dim, max_timestep):
         super().__init__()
-        shape = dict(final_norm=final_norm, state_dim=state_dim, act_dim=act_dim, max_timestep=max_timestep)
-        self.architecture = dict(blocks=[asdict(config) for config in blocks], **shape)  # goes into checkpoints
         width = blocks[0].n_embd
+        self.architecture = {  # what load_model needs to build this model again
+            "blocks": [asdict(block) for block in blocks],
+            "final_norm": final_norm,
+            "state_dim": state_dim,
+            "act_dim": act_dim,
+            "max_timestep": max_timestep,
+        }
         self.embed_timestep = nn.Embedding(max_timestep, width)
         self.embed_return = nn.Linear(1, width)
         self.embed_state = nn.Linear(state_dim, width)
-        self.embed_action = nn.Linear(act_dim, width)
+        self.embed_action = nn.Linear(act_dim, width)  # its weight is the action head too
         self.embed_ln = nn.LayerNorm(width)
-        h, ln_f = nn.ModuleList(Block(block) for block in blocks), LAYER_NORMS[final_norm](width, eps=blocks[0].epsilon)
-        self.transformer = nn.ModuleDict(dict(drop=nn.Dropout(min(0.1, blocks[0].dropout)), h=h, ln_f=ln_f))
-        for name, weight in h.named_parameters():
-            if name.endswith("c_proj.weight"):  # the residual branches start small, as in GPT-2
-                nn.init.normal_(weight, std=0.02 / (2 * len(blocks)) ** 0.5)
+        self.transformer = nn.ModuleDict(
+            {
+                "drop": nn.Dropout(min(0.1, blocks[0].dropout)),
+                "h": nn.ModuleList([Block(config) for config in blocks]),
+                "ln_f": LAYER_NORMS[final_norm](width, eps=blocks[0].epsilon),
+            }
+        )
+        # The residual branches start small, the more so the more there are, as in GPT-2.
+        # [decision_transformer/models/trajectory_gpt2.py#L525]
+        for name, weight in self.transformer.h.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * len(blocks)))
 
     def embed(self, returns_to_go, states, actions, timesteps):
-        """Return the tokens R_1 s_1 a_1 R_2 s_2 a_2 ... that enter the first block, [batch, 3K, width]."""
-        with torch.autocast(states.device.type, enabled=False):  # bf16 has too few digits for a return
-            tokens = (self.embed_return(returns_to_go), self.embed_state(states), self.embed_action(actions))
-        tokens = self.embed_ln(torch.stack(tokens, dim=2))  # [batch, K, 3, width]
-        return self.transformer.drop((tokens + self.embed_timestep(timesteps).unsqueeze(2)).flatten(1, 2))
+        """The tokens R_1 s_1 a_1 R_2 s_2 a_2 ... that enter the first block, [batch, 3K, width]."""
+        # Not in bf16, where returns of 3.600 and 3.601 are the same number.
+        with torch.autocast(states.device.type, enabled=False):
+            return_tokens = self.embed_return(returns_to_go)
+            state_tokens = self.embed_state(states)
+            action_tokens = self.embed_action(actions)
+        tokens = torch.stack([return_tokens, state_tokens, action_tokens], dim=2)
+        # The time is added after the LayerNorm.
+        # [decision_transformer/models/decision_transformer.py#L165]
+        tokens = self.embed_ln(tokens) + self.embed_timestep(timesteps)[:, :, None]
+        tokens = tokens.flatten(1, 2)  # from [batch, K, 3, width]
+        return self.transformer.drop(tokens)
 
     def forward(self, returns_to_go, states, actions, timesteps):
-        """[batch, K, 1], [batch, K, state_dim], [batch, K, act_dim], [batch, K] to actions [batch, K, act_dim]."""
+        """Predicted actions [batch, K, act_dim], from inputs shaped as in Windows.
+
+        The K steps may be padded on the right and need no mask: attention is causal, so nothing
+        looks at the padding. The released code pads on the left and masks. [experiment.py#L223]
+        """
         x = self.embed(returns_to_go, states, actions, timesteps)
         for block in self.transformer.h:
             x = block(x)
-        at_states = self.transformer.ln_f(x)[:, 1::3].float()  # [batch, K, width]
-        with torch.autocast(states.device.type, enabled=False):  # in bf16 tanh is flat beyond 3.6
-            return torch.tanh(F.linear(at_states, self.embed_action.weight.T))
+        x = self.transformer.ln_f(x)
+        at_states = x[:, 1::3]  # the token of s_t predicts a_t: [batch, K, width]
+        # Not in bf16, where the tanh is flat beyond 3.6 and passes no gradient.
+        with torch.autocast(states.device.type, enabled=False):
+            # Input and output share one matrix: --share_input_output_proj of the released commands.
+            # [decision_transformer/models/decision_transformer.py#L110]
+            return torch.tanh(at_states.float() @ self.embed_action.weight)
 
 
-def load_model(path, device):
-    """Return the model of a checkpoint that any of the scripts has written, in evaluation mode, and the checkpoint."""
-    with or_stop(f"{path} is no checkpoint of these scripts, or is damaged"):
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        blocks = [BlockConfig(**config) for config in checkpoint["architecture"].pop("blocks")]
-        model = DecisionTransformer(blocks, **checkpoint["architecture"]).to(device)
-        model.load_state_dict(checkpoint["model"])
-    return model.eval(), checkpoint
-
-
-# ======================================================================================================================
+# ==================================================================================================
 # Backbones: where the Transformer starts
-# ======================================================================================================================
-SOURCES = {"gpt2": ("openai-community/gpt2", "text-gpt2"), "igpt": ("openai/imagegpt-small", "image-gpt")}
-SOURCES |= {"igpt-as-gpt2": SOURCES["igpt"]} | {name: (None, name) for name in ("markov", "markov-sharp")}
+# ==================================================================================================
+HUB_IDS = {
+    "gpt2": "openai-community/gpt2",
+    "igpt": "openai/imagegpt-small",
+    "igpt-as-gpt2": "openai/imagegpt-small",
+}
+BUNDLED = {  # what --sample takes instead, under tests/assets
+    "gpt2": "text-gpt2",
+    "igpt": "image-gpt",
+    "igpt-as-gpt2": "image-gpt",
+    "markov": "markov",
+}
+
+
+class Backbone(NamedTuple):
+    blocks: list[BlockConfig]
+    final_norm: str
+    weights: dict[str, torch.Tensor]  # by their names under model.transformer; none if random
+    pretrained: bool
+    source: str
 
 
 def load_backbone(args):
-    """Return block configurations, kind of the final LayerNorm, weights by name (none if random) and their source."""
+    """The Backbone that `args.backbone` names, downloaded if it is a hub id that is not cached."""
     if args.backbone in ("random", "random-gpt2"):
-        n_layer, n_embd, n_head = (4, 128, 4) if args.sample else (12, 768, 12)
-        n_head, activation = (1, "relu") if args.backbone == "random" else (n_head, "gelu_new")
-        block = BlockConfig(n_embd, n_head, 4 * n_embd, activation, dropout=args.dropout)
-        return [block] * n_layer, "gpt2", {}, f"seed {args.seed}"
+        return random_backbone(args)
+    if args.sample and args.backbone in BUNDLED:
+        source = str(ASSETS / BUNDLED[args.backbone])
+    elif args.backbone == "markov":
+        stop(
+            "markov is bundled for --sample only: make a larger one with "
+            "tests/tools/build_assets.py --what markov and give its folder."
+        )
+    else:
+        source = HUB_IDS.get(args.backbone, args.backbone)
 
-    hub_id, bundled = SOURCES.get(args.backbone, (args.backbone, None))
-    source = str(ASSETS / bundled) if args.sample and bundled else hub_id
-    if source is None:
-        stop(f"{args.backbone} is on no hub: make one by tests/build_assets.py --what markov and give its folder.")
     config, weights = read_pretrained(source)
-    layer_norm = "gpt2" if args.backbone == "igpt-as-gpt2" else config.model_type  # its new bias starts at zero
-    n_inner = config.n_inner or 4 * config.n_embd
-    norm = dict(layer_norm=layer_norm, epsilon=config.layer_norm_epsilon)
-    block = BlockConfig(config.n_embd, config.n_head, n_inner, config.activation_function, **norm, dropout=args.dropout)
-    return [block] * config.n_layer, layer_norm, weights, source
+    layer_norm = "rmsnorm" if config.model_type == "imagegpt" else "layernorm"
+    if args.backbone == "igpt-as-gpt2":
+        # The released code puts ImageGPT's weights into GPT-2's blocks, whose LayerNorm subtracts
+        # the mean and adds a bias, new and zero.
+        # [decision_transformer/models/decision_transformer.py#L46]
+        layer_norm = "layernorm"
+    block = BlockConfig(
+        n_embd=config.n_embd,
+        n_head=config.n_head,
+        n_inner=config.n_inner or 4 * config.n_embd,
+        activation=config.activation_function,
+        layer_norm=layer_norm,
+        epsilon=config.layer_norm_epsilon,
+        dropout=args.dropout,
+    )
+    return Backbone([block] * config.n_layer, layer_norm, weights, True, source)
+
+
+def random_backbone(args):
+    """A random Transformer of GPT-2 small's size, or of the bundled GPT-2's."""
+    n_layer, n_embd, n_head = (4, 128, 4) if args.sample else (12, 768, 12)
+    activation = "gelu_new"
+    if args.backbone == "random":
+        # The paper's control is not GPT-2's architecture. [experiment.py#L469]
+        n_head = 1
+        activation = "relu"
+    block = BlockConfig(n_embd, n_head, 4 * n_embd, activation, dropout=args.dropout)
+    return Backbone([block] * n_layer, "layernorm", {}, False, f"seed {args.seed}")
 
 
 def read_pretrained(source):
-    """Return configuration and weights [dict] of a GPT-2 or ImageGPT in a folder, in the hub's cache or on the hub."""
-    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # no background request to convert .bin files
-    from transformers import AutoConfig, GPT2Model, ImageGPTModel, logging  # here, because it takes seconds
+    """Configuration and weights of a GPT-2 or ImageGPT in a folder, in the hub's cache, on the hub.
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    takes = (
-        f"{', '.join(SOURCES)}, random, random-gpt2, or the hub id or folder of a GPT-2 or ImageGPT; or try --sample"
+    Word and position embeddings are left out.
+    """
+    # The import takes seconds, and the request to convert .bin files would go to the hub.
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    model_classes = {"gpt2": transformers.GPT2Model, "imagegpt": transformers.ImageGPTModel}
+    hint = (
+        f"--backbone takes {', '.join(HUB_IDS)}, random, random-gpt2, or the hub id or folder of a "
+        "GPT-2 or ImageGPT; or try --sample"
     )
-    with or_stop(f"the backbone {source} cannot be loaded, --backbone takes {takes}"):
-        config = AutoConfig.from_pretrained(source)
-        assert config.model_type in LAYER_NORMS, f"it is a {config.model_type}"
-        assert config.activation_function in ACTIVATIONS, f"its activation {config.activation_function} is unknown"
-        assert config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx, "it scales attention otherwise"
-        model_class = GPT2Model if config.model_type == "gpt2" else ImageGPTModel
-        options = dict(config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
-        model, report = model_class.from_pretrained(source, **options)
-        wrong = [*report["missing_keys"], *report["mismatched_keys"], *report["unexpected_keys"]]
-        wrong = [x for x in wrong if not str(x).endswith(("lm_head.weight", ".attn.bias", ".attn.masked_bias"))]
-        assert not wrong, f"missing, misshapen or unknown are {wrong[:3]}"  # old checkpoints' masks are no weights
-    weights = {name: value for name, value in model.state_dict().items() if not name.startswith(("wte.", "wpe."))}
+    try:
+        config = transformers.AutoConfig.from_pretrained(source)
+    except Exception as error:
+        stop(f"The backbone {source} cannot be loaded, {first_line(error)}; {hint}.")
+    if config.model_type not in model_classes:
+        stop(f"The backbone {source} is a {config.model_type}; {hint}.")
+    if config.activation_function not in ACTIVATIONS:
+        stop(f"The activation {config.activation_function} of {source} is none of ACTIVATIONS.")
+    if not config.scale_attn_weights or config.scale_attn_by_inverse_layer_idx:
+        stop(f"The backbone {source} scales its attention in a way that is not implemented here.")
+
+    try:
+        model, report = model_classes[config.model_type].from_pretrained(
+            source,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported, and refused below
+        )
+    except Exception as error:
+        stop(f"The backbone {source} cannot be loaded, {first_line(error)}; {hint}.")
+    wrong_keys = [*report["missing_keys"], *report["mismatched_keys"]]
+    for key in report["unexpected_keys"]:
+        # Old checkpoints keep the causal mask of each block among their weights; the word head is
+        # not used here.
+        if not key.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
+            wrong_keys.append(key)
+    if wrong_keys:
+        stop(f"In the backbone {source} these are missing, misshapen or unknown: {wrong_keys[:3]}.")
+
+    weights = {}
+    for name, weight in model.state_dict().items():
+        if not name.startswith(("wte.", "wpe.")):
+            weights[name] = weight
     return config, weights
 
 
-# ======================================================================================================================
+def load_model(path, device):
+    """The model of a checkpoint that any of the scripts has written, in evaluation mode."""
+    checkpoint = read_checkpoint(path, device)
+    architecture = dict(checkpoint["architecture"])
+    blocks = [BlockConfig(**config) for config in architecture.pop("blocks")]
+    model = DecisionTransformer(blocks, **architecture).to(device)
+    model.load_state_dict(checkpoint["model"])
+    return model.eval()
+
+
+def read_checkpoint(path, device):
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        stop(f"{path} is missing or damaged, {first_line(error)}.")
+    if not isinstance(checkpoint, dict) or "architecture" not in checkpoint:
+        stop(f"{path} is no checkpoint of these scripts.")
+    return checkpoint
+
+
+# ==================================================================================================
+# Data: episodes from Minari or D4RL, and windows of K steps
+# ==================================================================================================
+class Task(NamedTuple):
+    dataset: str
+    target_return: float  # [experiment.py#L101]; the released code also asks for half of it
+    random_return: float  # D4RL's reference returns, between which scores are normalized
+    expert_return: float
+
+
+TASKS = {
+    "Hopper": Task("mujoco/hopper/medium-v0", 3600, -20.272305, 3234.3),
+    "HalfCheetah": Task("mujoco/halfcheetah/medium-v0", 6000, -280.178953, 12135.0),
+    "Walker2d": Task("mujoco/walker2d/medium-v0", 5000, 1.629008, 4592.3),
+}
+RETURN_SCALE = 1000  # returns-to-go are divided by this before they enter the model
+
+
+class Episode(NamedTuple):
+    observations: np.ndarray  # [T, state_dim]
+    actions: np.ndarray  # [T, act_dim]
+    rewards: np.ndarray  # [T]
+
+
+class Windows(NamedTuple):
+    """K consecutive steps each; what lies beyond the end of an episode is zero and not valid."""
+
+    returns_to_go: torch.Tensor  # [batch, K, 1]
+    states: torch.Tensor  # [batch, K, state_dim], normalized
+    actions: torch.Tensor  # [batch, K, act_dim]
+    timesteps: torch.Tensor  # [batch, K], counted from the beginning of the episode
+    valid: torch.Tensor  # [batch, K], bool
+
+
+def read_d4rl(path):
+    """The episodes of a D4RL file. What follows the last end of an episode is left out.
+
+    [data/download_d4rl_datasets.py#L41]
+    """
+    with h5py.File(path) as file:
+        observations = file["observations"][()]
+        actions = file["actions"][()]
+        rewards = file["rewards"][()]
+        last_steps = file["terminals"][()].astype(bool) | file["timeouts"][()].astype(bool)
+    if not len(observations) == len(actions) == len(rewards) == len(last_steps):
+        stop(f"The columns of {path} differ in length.")
+    ends = np.flatnonzero(last_steps) + 1
+    episodes = []
+    for start, end in zip([0, *ends[:-1]], ends):
+        episodes.append(Episode(observations[start:end], actions[start:end], rewards[start:end]))
+    return episodes
+
+
+def read_minari(dataset):
+    """The episodes of a Minari data set, downloaded if it is not there."""
+    bundled = ASSETS / "minari" / dataset / "data"
+    if bundled.exists():
+        minari_dataset = minari.MinariDataset(bundled)
+    else:
+        minari_dataset = minari.load_dataset(dataset, download=True)
+    episodes = []
+    for episode in minari_dataset.iterate_episodes():
+        # Minari also keeps the observation after the last action.
+        observations = episode.observations[: len(episode.actions)]
+        episodes.append(Episode(observations, episode.actions, episode.rewards))
+    return episodes
+
+
+def load_episodes(args, env):
+    """The episodes of `args.dataset`, checked against the environment that they are meant for.
+
+    All are kept. The released code drops the one of lowest return by a `<`. [experiment.py#L172]
+    """
+    name = f"--dataset {args.dataset}"
+    try:
+        if args.dataset.endswith(".hdf5"):
+            episodes = read_d4rl(args.dataset)
+        else:
+            episodes = read_minari(args.dataset)
+    except Exception as error:
+        stop(
+            f"{name} cannot be read, {first_line(error)}; it takes a D4RL .hdf5 file, or a Minari "
+            "id that is under MINARI_DATASETS_PATH or on the server; or try --sample."
+        )
+    if not episodes:
+        stop(f"{name} has no episode.")
+    state_shape = env.single_observation_space.shape
+    action_shape = env.single_action_space.shape
+    for episode in episodes:
+        length = len(episode.rewards)
+        if length == 0:
+            stop(f"{name} has an episode without a step.")
+        if len(episode.observations) != length or len(episode.actions) != length:
+            stop(f"{name} has an episode whose columns differ in length.")
+        if episode.observations.shape[1:] != state_shape:
+            found = episode.observations.shape[1:]
+            stop(f"{name} has observations of shape {found}, {args.env} has {state_shape}.")
+        if episode.actions.shape[1:] != action_shape:
+            stop(f"{name} has actions of shape {episode.actions.shape[1:]}, not {action_shape}.")
+        if episode.rewards.ndim != 1:
+            stop(f"{name} has rewards of shape {episode.rewards.shape[1:]}, not one number a step.")
+        for column in episode:
+            if column.dtype.kind not in "fiu":
+                stop(f"{name} holds {column.dtype} where numbers are expected.")
+            if not np.isfinite(column).all():
+                stop(f"{name} has numbers that are not finite.")
+    return episodes
+
+
+class OfflineData:
+    """The N transitions of all episodes, one after the other, as tensors on the device."""
+
+    def __init__(self, episodes, device):
+        lengths = [len(episode.rewards) for episode in episodes]
+        observations = np.concatenate([episode.observations for episode in episodes])
+        actions = np.concatenate([episode.actions for episode in episodes])
+        mean = observations.mean(axis=0, dtype=np.float64)
+        std = observations.std(axis=0, dtype=np.float64) + 1e-6  # [experiment.py#L151]
+        returns_to_go = []
+        for episode in episodes:
+            rewards = episode.rewards.astype(np.float64)
+            returns_to_go.append(rewards[::-1].cumsum()[::-1])  # undiscounted
+        returns_to_go = np.concatenate(returns_to_go) / RETURN_SCALE
+        timesteps = np.concatenate([np.arange(length) for length in lengths])
+        episode_ends = np.repeat(np.cumsum(lengths), lengths)
+
+        def float_tensor(values):
+            return torch.as_tensor(np.float32(values), device=device)
+
+        self.state_mean = float_tensor(mean)  # [state_dim]
+        self.state_std = float_tensor(std)  # [state_dim]
+        self.states = float_tensor((observations - mean) / std)  # [N, state_dim]
+        self.actions = float_tensor(actions)  # [N, act_dim]
+        self.returns_to_go = float_tensor(returns_to_go[:, None])  # [N, 1]
+        self.timesteps = torch.as_tensor(timesteps, device=device)  # [N]
+        # [N], of each transition the index behind the last one of its episode
+        self.episode_ends = torch.as_tensor(episode_ends, device=device)
+
+    def windows(self, starts, context_length):
+        """The Windows of K steps from the transitions `starts` [batch] on, by an index lookup.
+
+        The released code cuts one after the other and sums its return-to-go up anew.
+        [experiment.py#L199]
+        """
+        index = starts[:, None] + torch.arange(context_length, device=starts.device)  # [batch, K]
+        valid = index < self.episode_ends[starts][:, None]
+        index = torch.where(valid, index, 0)
+        return Windows(
+            returns_to_go=self.returns_to_go[index] * valid[..., None],
+            states=self.states[index] * valid[..., None],
+            actions=self.actions[index] * valid[..., None],
+            timesteps=self.timesteps[index] * valid,
+            valid=valid,
+        )
+
+
+# ==================================================================================================
 # Evaluation
-# ======================================================================================================================
+# ==================================================================================================
+# The paper used -v3, which gymnasium no longer has; -v4 is the same but for bug fixes.
+warnings.filterwarnings("ignore", message=".*is out of date.*")
+
+
+def make_env(args, num_copies, **options):
+    """A gymnasium vector environment of `num_copies` copies of `args.env`."""
+    try:
+        env = gym.make_vec(args.env, num_copies, vectorization_mode="sync", **options)
+    except Exception as error:
+        stop(f"The environment {args.env} cannot be made, {first_line(error)}.")
+    space = env.single_action_space
+    is_unit_box = isinstance(space, gym.spaces.Box) and (np.abs([space.low, space.high]) == 1).all()
+    if not is_unit_box:
+        stop(f"{args.env} has actions {space}; the model's are continuous, from -1 to 1.")
+    return env
+
+
 def autocast(args, device):
-    """Matrix products in bf16 where `args.precision` says so; weights, gradients and optimizer stay float32."""
-    cpu_has_bf16 = torch.cpu.get_capabilities().get("avx512_bf16")  # without it, bf16 is slower than float32
-    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bf16
-    enabled = args.precision == "bf16" or bool(args.precision == "auto" and native)
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    """Matrix products in bf16 if `args.precision` says so; all else stays in float32."""
+    if args.precision == "auto" and device.type == "cuda":
+        use_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif args.precision == "auto":  # without these instructions bf16 is slower than float32
+        use_bf16 = bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+    else:
+        use_bf16 = args.precision == "bf16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16)
 
 
 @torch.no_grad()
-def evaluate(model, env, data, args):
-    """Play one episode in each copy of `env`, started with `args.seed` and the numbers after it.
+def evaluate(model, env, state_mean, state_std, args):
+    """Play one episode in each copy of `env`, all at once, seeded args.seed, args.seed + 1, ...
 
-    Returns the episodes' undiscounted returns and lengths in steps, both [episodes]. As in the Decision Transformer's
-    evaluation, the return-to-go starts at `args.target_return`, falls by each reward, and the model sees K steps.
+    Returns the undiscounted returns and the lengths of the episodes, both [episodes]. The model is
+    asked for `args.target_return`, which then falls by each reward, and sees the last K steps.
+    [decision_transformer/evaluation/evaluate_episodes.py#L112] plays one episode at a time.
     """
     model.eval()
-    device, n, K = data.state_mean.device, env.num_envs, args.context_length
+    device = state_mean.device
+    num_episodes = env.num_envs
     horizon = env.spec.max_episode_steps or 1000
-    returns_to_go = torch.zeros(n, horizon + 1, 1, device=device)
-    states = torch.zeros(n, horizon, *env.single_observation_space.shape, device=device)
-    actions = torch.zeros(n, horizon, *env.single_action_space.shape, device=device)  # zero until they are predicted
-    timesteps = torch.arange(horizon, device=device).clamp(max=model.embed_timestep.num_embeddings - 1).expand(n, -1)
-    returns, lengths, running = np.zeros(n), np.zeros(n, dtype=int), np.ones(n, dtype=bool)
+    state_dim = env.single_observation_space.shape[0]
+    act_dim = env.single_action_space.shape[0]
+
+    returns_to_go = torch.zeros(num_episodes, horizon + 1, 1, device=device)
+    states = torch.zeros(num_episodes, horizon, state_dim, device=device)
+    actions = torch.zeros(num_episodes, horizon, act_dim, device=device)  # a_t is 0 until predicted
+    timesteps = torch.arange(horizon, device=device)
+    timesteps = timesteps.clamp(max=model.embed_timestep.num_embeddings - 1)
+    timesteps = timesteps.expand(num_episodes, -1)
+    episode_returns = np.zeros(num_episodes)
+    episode_lengths = np.zeros(num_episodes, dtype=int)
+    running = np.ones(num_episodes, dtype=bool)
 
     observations, _ = env.reset(seed=args.seed)
     returns_to_go[:, 0] = args.target_return / RETURN_SCALE
     for t in tqdm(range(horizon), desc="evaluation", unit="step", leave=False):
         observations = torch.as_tensor(observations, dtype=torch.float32, device=device)
-        states[:, t] = (observations - data.state_mean) / data.state_std
-        rows, window = torch.as_tensor(running.nonzero()[0], device=device), slice(max(0, t - K + 1), t + 1)
+        states[:, t] = (observations - state_mean) / state_std
+        rows = torch.as_tensor(np.flatnonzero(running), device=device)
+        context = slice(max(0, t - args.context_length + 1), t + 1)
         with autocast(args, device):
-            predicted = model(*(x[rows, window] for x in (returns_to_go, states, actions, timesteps)))
+            predicted = model(
+                returns_to_go[rows, context],
+                states[rows, context],
+                actions[rows, context],
+                timesteps[rows, context],
+            )
         actions[rows, t] = predicted[:, -1].float()
-        # Copies that are done go on until all are; what they still do is not counted.
+
+        # Copies that are done go on until all are; what they do from then on is not counted.
         observations, rewards, terminated, truncated, _ = env.step(actions[:, t].cpu().numpy())
-        returns += rewards * running
-        lengths += running
-        rewards = torch.as_tensor(rewards / RETURN_SCALE).float().to(device)
-        returns_to_go[:, t + 1, 0] = returns_to_go[:, t, 0] - rewards
+        episode_returns += rewards * running
+        episode_lengths += running
+        scaled_rewards = torch.as_tensor(np.float32(rewards / RETURN_SCALE), device=device)
+        returns_to_go[:, t + 1, 0] = returns_to_go[:, t, 0] - scaled_rewards
         running &= ~(terminated | truncated)
         if not running.any():
             break
-    return returns, lengths
+    return episode_returns, episode_lengths
 
 
 def normalized_score(env_id, episode_return):
-    """D4RL's score: 0 for a random policy, 100 for an expert; nan where those are not known."""
-    *_, random, expert = TASKS.get(env_id.rsplit("-v", 1)[0], (math.nan, math.nan))
-    return 100 * (episode_return - random) / (expert - random)
+    """D4RL's score: 0 for a random policy, 100 for an expert; nan where these are not known.
+
+    The paper normalizes by the mean returns of D4RL's random and expert data sets instead, so that
+    its scores are on another scale.
+    [analysis/section-4-sanity-check/compute_normalized_score.py#L48]
+    """
+    task = TASKS.get(env_id.rsplit("-v", 1)[0])
+    if task is None:
+        return math.nan
+    return 100 * (episode_return - task.random_return) / (task.expert_return - task.random_return)
 
 
-# ======================================================================================================================
+def bootstrap_interval(episode_returns, rng):
+    """95 % confidence interval of the mean return over the episodes of one evaluation."""
+    resampled = rng.choice(episode_returns, size=(10_000, len(episode_returns)))
+    low, high = np.percentile(resampled.mean(axis=1), [2.5, 97.5])
+    return low.item(), high.item()
+
+
+# ==================================================================================================
 # Training
-# ======================================================================================================================
-METRICS = ("loss", "saturated_fraction", "grad_norm", "clipped_fraction")  # of one training step
+# ==================================================================================================
+METRICS = ("loss", "saturated_fraction", "grad_norm", "clipped_fraction")  # of each training step
 
 
-def training_loss(model, windows, num_valid):
-    """Mean squared error, and share of predictions beyond ±0.99 (saturated tanh), over the `num_valid` valid steps."""
-    returns_to_go, states, actions, timesteps, valid = windows
-    predicted = model(returns_to_go, states, actions, timesteps).float()
-    weight = valid.unsqueeze(-1) / (num_valid * actions.shape[-1])
-    loss = ((predicted - actions).square() * weight).sum()
-    saturated = ((predicted.detach().abs() > 0.99) * weight).sum()
-    return loss, saturated
+class Run(NamedTuple):
+    """A training run, as it ended or as it was read from its folder."""
+
+    folder: Path
+    args: dict
+    records: list[dict]  # one per epoch, the first being before training
+    history: list[dict]  # means of METRICS, 25 times per epoch
 
 
-def training_step(loss_function, model, optimizer, data, args, starts):
-    """Make one step on the windows that begin at `starts` [batch]; returns its METRICS [4] without waiting for them."""
-    max_grad_norm = args.max_grad_norm or math.inf
-    num_valid = (data.episode_ends[starts] - starts).clamp(max=args.context_length).sum()
-    windows = data.windows(starts.chunk(WORLD_SIZE)[RANK], args.context_length)
-    with autocast(args, starts.device):
-        loss, saturated = loss_function(model, windows, num_valid)
-    optimizer.zero_grad()
-    (loss * WORLD_SIZE).backward()  # DistributedDataParallel takes the mean over processes, the loss is a sum
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-    optimizer.step()
-    sums = torch.stack([loss.detach(), saturated])
-    if WORLD_SIZE > 1:  # as the gradient, which is everyone's already
-        torch.distributed.all_reduce(sums)
-    return torch.stack([*sums, grad_norm, (grad_norm > max_grad_norm).float()])
+def training_loss(model, windows):
+    """Mean squared error of the actions, and the share of them beyond ±0.99, where tanh is flat.
 
-
-class RecordedStep:
-    """Record `step`(starts) in a CUDA graph and replay it: no waiting for Python, and new dropout with each replay."""
-
-    def __init__(self, step):
-        self.step, self.calls, self.graph = step, 0, torch.cuda.CUDAGraph()
-
-    def __call__(self, starts):
-        self.calls += 1
-        if self.calls <= 5:  # warm up on a side stream, as a capture wants it
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                metrics = self.step(starts)
-            torch.cuda.current_stream().wait_stream(side)
-            return metrics
-        if self.calls == 6:
-            self.starts = starts.clone()
-            with torch.cuda.graph(self.graph):
-                self.metrics = self.step(self.starts)
-        self.starts.copy_(starts)
-        self.graph.replay()
-        return self.metrics
+    Both are means over the valid steps and the action dimensions.
+    """
+    predicted = model(windows.returns_to_go, windows.states, windows.actions, windows.timesteps)
+    valid = windows.valid[..., None].expand_as(predicted)  # [batch, K, act_dim]
+    squared_error = (predicted - windows.actions).square()
+    loss = (squared_error * valid).sum() / valid.sum()
+    is_saturated = predicted.detach().abs() > 0.99
+    saturated_fraction = (is_saturated & valid).sum() / valid.sum()
+    return loss, saturated_fraction
 
 
 def find_device(args):
-    """Return the device that is asked for; where torchrun has started several processes, join them."""
+    """The device that `args.device` names; under torchrun each process gets a GPU of its own."""
     if WORLD_SIZE > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group(timeout=timedelta(hours=12))  # the first one evaluates, the others wait
-    name = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+        # The first process evaluates while the others wait.
+        torch.distributed.init_process_group(timeout=timedelta(hours=12))
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = torch.device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
 
 
-def train(args, folder, load=load_backbone):
-    """Train and evaluate as `args` say, going on from `folder`/latest.pt if it is there.
-
-    Leaves TensorBoard events, checkpoints and summary.json in `folder`. The windows and the dropout of an epoch follow
-    from the seed and the epoch's number alone: a run that was interrupted gives the numbers of one that was not.
-    """
-    device = find_device(args)
-    env = make_env(args, args.num_eval_episodes)
-    data = OfflineData(args, env, device)
-    max_timestep = max(1000, env.spec.max_episode_steps or 0, int(data.timesteps.max()) + 1)
+def make_model(args, backbone, state_dim, act_dim, max_timestep):
+    """The Decision Transformer before fine-tuning: `backbone`, and the rest drawn from the seed."""
     torch.manual_seed(args.seed)
-    blocks, final_norm, weights, source = load(args)
-    model = DecisionTransformer(blocks, final_norm, data.states.shape[1], data.actions.shape[1], max_timestep)
-    model.transformer.load_state_dict(model.transformer.state_dict() | weights)
-    start = dict(step=0, records=[], history=[])  # one record per epoch, one line of history per logging interval
-    if (folder / "latest.pt").exists():
-        model, start = load_model(folder / "latest.pt", device)
-    step, records, history = start["step"], start["records"], start["history"]
+    model = DecisionTransformer(
+        backbone.blocks, backbone.final_norm, state_dim, act_dim, max_timestep
+    )
+    weights = model.transformer.state_dict()
+    weights.update(backbone.weights)
+    model.transformer.load_state_dict(weights)
+    if args.head_std is not None:
+        # nn.Linear draws this weight for act_dim inputs, not for the `width` inputs that it has as
+        # the action head: the final LayerNorm gives 768 numbers of variance 1, the tanh sees a
+        # standard deviation of 9 on Hopper, and nearly no gradient passes.
+        nn.init.normal_(model.embed_action.weight, std=args.head_std)
+    return model
 
-    model.to(device)
-    epsilon = 1e-6 if "ln_f.weight" in weights else 1e-8  # as in the reference, where one replaced block does not count
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, eps=epsilon, fused=True)
-    if records:
-        optimizer.load_state_dict(start["optimizer"])
-    learning_rate = torch.tensor(args.learning_rate, device=device)  # a tensor, so that a CUDA graph reads it anew
-    optimizer.param_groups[0].update(lr=learning_rate, capturable=device.type == "cuda")
-    trained = nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
-    torch._dynamo.reset()  # or the ninth model of a study would run uncompiled
-    loss_function = torch.compile(training_loss) if device.type == "cuda" else training_loss
-    step_function = partial(training_step, loss_function, trained, optimizer, data, args)
-    if device.type == "cuda" and WORLD_SIZE == 1:
-        step_function = RecordedStep(step_function)
+
+def train(args, folder, backbone, device):
+    """Fine-tune `backbone` as `args` say, or go on where the run in `folder` stopped.
+
+    Leaves checkpoints, TensorBoard events and summary.json in `folder`, and returns the Run.
+    """
+    env = make_env(args, args.num_eval_episodes)
+    data = OfflineData(load_episodes(args, env), device)
+    longest_episode = int(data.timesteps.max()) + 1
+    model = make_model(
+        args,
+        backbone,
+        state_dim=data.states.shape[1],
+        act_dim=data.actions.shape[1],
+        max_timestep=max(1000, longest_episode, env.spec.max_episode_steps or 0),
+    ).to(device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=args.learning_rate,
+        weight_decay=args.weight_decay,
+        eps=1e-6 if backbone.pretrained else 1e-8,  # [utils.py#L60]
+        fused=True,
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda steps_done: min((steps_done + 1) / max(1, args.warmup_steps), 1)
+    )  # [experiment.py#L400]
+    max_grad_norm = args.max_grad_norm or math.inf  # 0 switches clipping off
+
+    step = 0
+    records = []
+    history = []
+    open_folder(folder, args)
+    if (folder / "latest.pt").exists():
+        checkpoint = read_checkpoint(folder / "latest.pt", device)
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scheduler.load_state_dict(checkpoint["scheduler"])
+        step = checkpoint["step"]
+        records = checkpoint["records"]
+        history = checkpoint["history"]
+
+    trained_model = model
+    if args.compile:
+        trained_model = torch.compile(trained_model, mode="reduce-overhead")  # CUDA graphs
+    if WORLD_SIZE > 1:
+        # Each process trains on windows of its own, and their gradients are averaged. This mean of
+        # means gives a padded window slightly more weight than one mean over all steps would.
+        trained_model = nn.parallel.DistributedDataParallel(trained_model)
 
     if RANK == 0:
-        print(f"\n{folder}: weights from {source}, {len(data.states):,} steps of {args.dataset}")
+        print(f"\n{folder}: weights from {backbone.source}, {len(data.states):,} steps of data")
+        if len(records) > args.num_epochs:
+            print(f"{folder} is finished; a higher --num-epochs would go on with it.")
+        elif records:
+            print(f"{folder} goes on after epoch {len(records) - 1}.")
         writer = SummaryWriter(folder, purge_step=step + 1, flush_secs=10)
         rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
         writer.add_text("hyperparameters", "\n".join(["|argument|value|", "|-|-|", *rows]))
-    log_interval = max(1, args.steps_per_epoch // 25)
 
-    for epoch in range(len(records), args.num_epochs + 1):  # epoch 0 only evaluates: the model before fine-tuning
-        started = time.perf_counter()
-        num_steps = args.steps_per_epoch if epoch else 0
-        rng = np.random.default_rng([args.seed, epoch])
-        starts = torch.as_tensor(rng.integers(len(data.states), size=(num_steps, args.batch_size)), device=device)
-        torch.manual_seed(int(rng.integers(2**60)) + RANK)  # dropout
+    for epoch in range(len(records), args.num_epochs + 1):  # epoch 0 is the model before training
+        epoch_started = time.perf_counter()
+        num_steps = args.steps_per_epoch if epoch > 0 else 0
+        # All chance in an epoch follows from the seed and the epoch's number alone, so that a run
+        # that was interrupted gives the numbers of one that was not.
+        rng = np.random.default_rng([args.seed, epoch, RANK])
+        torch.manual_seed(int(rng.integers(2**60)))  # for dropout
+        # A start drawn from all transitions: the longer the episode, the likelier.
+        shape = (num_steps, args.batch_size // WORLD_SIZE)
+        epoch_starts = torch.as_tensor(rng.integers(len(data.states), size=shape), device=device)
         metrics = torch.zeros(num_steps, len(METRICS), device=device)
+        log_interval = max(1, args.steps_per_epoch // 25)
+        num_logged = 0
+
         model.train()
-        bar = tqdm(starts, desc=f"epoch {epoch}/{args.num_epochs}", unit="step", disable=RANK > 0 or epoch == 0)
-        for i, batch in enumerate(bar):
+        progress = tqdm(
+            epoch_starts,
+            desc=f"epoch {epoch}/{args.num_epochs}",
+            unit="step",
+            disable=RANK > 0 or epoch == 0,
+        )
+        for i, window_starts in enumerate(progress):
+            windows = data.windows(window_starts, args.context_length)
+            with autocast(args, device):
+                loss, saturated_fraction = training_loss(trained_model, windows)
+            loss.backward()
+            # Shorten the gradient of all parameters together; this is its norm before that.
+            # [decision_transformer/training/seq_trainer.py#L84]
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
             step += 1
-            learning_rate.fill_(args.learning_rate * min(step / max(args.warmup_steps, 1), 1))
-            metrics[i] = step_function(batch)
+
+            # Metrics stay on the device; to read them here would wait for it in every step.
+            clipped = (grad_norm > max_grad_norm).float()
+            metrics[i] = torch.stack([loss.detach(), saturated_fraction, grad_norm, clipped])
             if RANK == 0 and ((i + 1) % log_interval == 0 or i + 1 == num_steps):
-                means = metrics[i // log_interval * log_interval : i + 1].mean(0).tolist()  # waits for the device
+                means = metrics[num_logged : i + 1].mean(dim=0).tolist()
+                num_logged = i + 1
                 if not np.isfinite(means).all():
-                    stop(f"loss or gradient is not finite at step {step}; try a lower --learning-rate.")
-                bar.set_postfix(loss=f"{means[0]:.4f}", refresh=False)
-                history.append(dict(zip(METRICS, means), step=step))
+                    stop(f"The loss is not finite at step {step}; try a lower --learning-rate.")
+                progress.set_postfix(loss=f"{means[0]:.4f}", refresh=False)
+                history.append({"step": step, **dict(zip(METRICS, means))})
                 for name, value in zip(METRICS, means):
                     writer.add_scalar(f"train/{name}", value, step)
         if RANK > 0:
             continue  # the first process evaluates and writes
 
-        returns, lengths = evaluate(model, env, data, args)
+        returns, lengths = evaluate(model, env, data.state_mean, data.state_std, args)
         mean_return = returns.mean().item()
-        low, high = np.percentile(rng.choice(returns, (10_000, len(returns))).mean(axis=1), (2.5, 97.5))  # bootstrap
-        record = dict(epoch=epoch, step=step, **dict(zip(METRICS, metrics.mean(0).tolist())))  # nan in epoch 0
-        record |= dict(return_mean=mean_return, return_low=low.item(), return_high=high.item())
-        record |= dict(length_mean=lengths.mean().item(), normalized_score=normalized_score(args.env, mean_return))
-        records.append(record | dict(seconds=time.perf_counter() - started))
+        return_low, return_high = bootstrap_interval(returns, rng)
+        record = {
+            "epoch": epoch,
+            "step": step,
+            # Means over the epoch, nan before training. The paper's "action error" is the loss of
+            # an epoch's last batch alone. [decision_transformer/training/seq_trainer.py#L88]
+            **dict(zip(METRICS, metrics.mean(dim=0).tolist())),
+            "return_mean": mean_return,
+            "return_low": return_low,
+            "return_high": return_high,
+            "length_mean": lengths.mean().item(),
+            "normalized_score": normalized_score(args.env, mean_return),
+            "seconds": time.perf_counter() - epoch_started,
+        }
+        records.append(record)
         for name in ("return_mean", "length_mean", "normalized_score"):
             writer.add_scalar(f"eval/{name}", record[name], step)
-        tqdm.write(f"epoch {epoch}: return {mean_return:.1f}, 95 % interval {low:.1f} to {high:.1f}")
+        tqdm.write(
+            f"epoch {epoch}: return {mean_return:.1f}, "
+            f"95 % interval {return_low:.1f} to {return_high:.1f}"
+        )
 
-        checkpoint = dict(epoch=epoch, step=step, args=asdict(args), architecture=model.architecture)
-        checkpoint |= dict(model=model.state_dict(), state_mean=data.state_mean, state_std=data.state_std)
+        checkpoint = {
+            "args": asdict(args),
+            "epoch": epoch,
+            "step": step,
+            "architecture": model.architecture,
+            "model": model.state_dict(),
+            "state_mean": data.state_mean,
+            "state_std": data.state_std,
+        }
         if epoch in args.save_epochs or epoch == args.num_epochs:
-            save(folder / f"epoch_{epoch}.pt", partial(torch.save, checkpoint))
-        if epoch > 0 and mean_return >= max(record["return_mean"] for record in records[1:]):
-            save(folder / "best.pt", partial(torch.save, checkpoint))
-        checkpoint |= dict(optimizer=optimizer.state_dict(), records=records, history=history)
-        save_json(folder / "summary.json", dict(args=asdict(args), source=source, epochs=records, history=history))
-        save(folder / "latest.pt", partial(torch.save, checkpoint))
+            save_checkpoint(folder / f"epoch_{epoch}.pt", checkpoint)
+        if epoch > 0 and mean_return >= max(r["return_mean"] for r in records[1:]):
+            save_checkpoint(folder / "best.pt", checkpoint)
+        save_json(
+            folder / "summary.json",
+            {
+                "args": asdict(args),
+                "source": backbone.source,
+                "epochs": records,
+                "history": history,
+            },
+        )
+        # Last, and with all that it takes to go on: where this file is whole, so are the others.
+        checkpoint["optimizer"] = optimizer.state_dict()
+        checkpoint["scheduler"] = scheduler.state_dict()
+        checkpoint["records"] = records
+        checkpoint["history"] = history
+        save_checkpoint(folder / "latest.pt", checkpoint)
+    return Run(folder, asdict(args), records, history)
 
 
-# ======================================================================================================================
-# Gradients of single windows
-# ======================================================================================================================
-def window_gradients(model, windows, names, chunk_size):
-    """Gradient of each single window's loss for the parameters `names`: {name: [windows, numel]}.
+# ==================================================================================================
+# Study: one training run for each backbone and threshold
+# ==================================================================================================
+def train_study(args, folder, device):
+    """Fine-tune each backbone with each clipping threshold; returns the Runs."""
+    backbones = {}
+    for name in args.backbones:  # all before any training: a wrong name should cost nothing
+        backbones[name] = load_backbone(replace(args, backbone=name))
+    runs = []
+    for name, backbone in backbones.items():
+        for threshold in args.max_grad_norms:
+            run_args = replace(args, backbone=name, max_grad_norm=threshold)
+            run_folder = folder / f"{Path(name).name}_clip_{threshold:g}"
+            runs.append(train(run_args, run_folder, backbone, device))
+    return runs
 
-    `windows` is what OfflineData.windows returns. The other parameters are constants: only these gradients are held.
+
+# ==================================================================================================
+# Gradients of single windows (section 5.4)
+# ==================================================================================================
+def gradient_statistics(model, windows, num_confusion):
+    """Norms and cosines of the gradients of single windows, in evaluation mode.
+
+    Returns the norms over the parameters of the blocks and over all parameters, both [windows], and
+    the cosines between the first `num_confusion` gradients of the blocks [n, n].
+
+    All gradients of GPT-2 small would take 17 GB for 50 windows. An inner product is a sum over
+    parameters, so that one block at a time is enough: 2.8 GB for 100 windows.
+    The released code leaves dropout on for the random model alone, since only from_pretrained
+    returns a model in evaluation mode. [analysis/signal_propagation.py#L144]
     """
-    parameters = {name: value.detach() for name, value in model.named_parameters()}
-    wanted = {name: parameters.pop(name) for name in names}
-
-    def loss(wanted, *window):
-        call = partial(torch.func.functional_call, model, wanted | parameters)
-        window = [x.unsqueeze(0) for x in window]
-        return training_loss(lambda *inputs: call(inputs), window, window[-1].sum())[0]
-
-    per_window = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0, 0, 0, 0))
-    chunks = []
-    with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
-        for chunk in zip(*(x.split(chunk_size) for x in windows)):
-            chunks.append({name: gradient.flatten(1) for name, gradient in per_window(wanted, *chunk).items()})
-    return {name: torch.cat([chunk.pop(name) for chunk in chunks]) for name in names}
-
-
-def gradient_statistics(model, windows, num_confusion, chunk_size):
-    """Norms and pairwise cosines of single windows' gradients, exactly and in bounded memory.
-
-    Returns the norms over the blocks' parameters and over all parameters, both [windows], and the cosines over those of
-    the blocks between the first `num_confusion` windows [n, n]. Gradients are held for one block at a time: its part of
-    an inner product is added up. That takes 2.8 GB for 100 windows of GPT-2 small, instead of 17 GB for 50.
-    """
-    groups = [[f"transformer.h.{i}.{n}" for n, _ in h.named_parameters()] for i, h in enumerate(model.transformer.h)]
-    in_blocks = list(itertools.chain(*groups))
-    groups.append([name for name, _ in model.named_parameters() if name not in in_blocks])
-    squares = torch.zeros(len(groups), len(windows[0]), dtype=torch.float64)  # of the norms
+    num_windows = len(windows.valid)
+    blocks = [list(block.parameters()) for block in model.transformer.h]
+    in_blocks = {id(weight) for block in blocks for weight in block}
+    others = [weight for weight in model.parameters() if id(weight) not in in_blocks]
+    squared_norm_in_blocks = torch.zeros(num_windows)
+    squared_norm_of_others = torch.zeros(num_windows)
     inner_products = torch.zeros(num_confusion, num_confusion, dtype=torch.float64)
-    for i, names in enumerate(tqdm(groups, desc="gradients", unit="block", leave=False)):
-        for gradient in window_gradients(model, windows, names, chunk_size).values():
-            squares[i] += gradient.square().sum(1).cpu()
-            if i < len(model.transformer.h):
-                inner_products += (gradient[:num_confusion] @ gradient[:num_confusion].T).cpu()
-    length = inner_products.diagonal().sqrt()
-    cosines = inner_products / (length[:, None] * length).clamp(min=1e-30)
-    return squares[:-1].sum(0).sqrt().numpy(), squares.sum(0).sqrt().numpy(), cosines.numpy()
+
+    progress = tqdm([*blocks, others], desc="gradients", unit="block", leave=False)
+    for parameters in progress:
+        gradients = []
+        for i in range(num_windows):
+            window = Windows(*(column[i : i + 1] for column in windows))
+            loss, _ = training_loss(model, window)
+            gradient = torch.autograd.grad(loss, parameters)
+            gradients.append(torch.cat([g.flatten() for g in gradient]))
+        gradients = torch.stack(gradients)  # [windows, parameters]
+        squared_norms = gradients.square().sum(dim=1).cpu()
+        if parameters is others:
+            squared_norm_of_others += squared_norms
+        else:
+            squared_norm_in_blocks += squared_norms
+            compared = gradients[:num_confusion]
+            inner_products += (compared @ compared.T).cpu()
+
+    lengths = inner_products.diagonal().sqrt()
+    cosines = inner_products / (lengths[:, None] * lengths).clamp(min=1e-30)
+    norm_in_blocks = squared_norm_in_blocks.sqrt()
+    norm_of_all = (squared_norm_in_blocks + squared_norm_of_others).sqrt()
+    return norm_in_blocks.numpy(), norm_of_all.numpy(), cosines.numpy()
 
 
-def clipped_norm(in_blocks, total, max_grad_norm):
-    """What is left of the blocks' gradient where clip_grad_norm_ has clipped over all parameters; 0 leaves it alone."""
-    return in_blocks * np.minimum(1, max_grad_norm / total) if max_grad_norm else in_blocks
+def clipped_norm(norm_in_blocks, norm_of_all, max_grad_norm):
+    """What the paper plots: the norm of the blocks' gradient after clipping that of everything.
 
-
-def batch_gradient(model, windows, max_grad_norm):
-    """Norm of each parameter set of the blocks in the clipped gradient of all windows as one batch (Fig. 7)."""
-    model.zero_grad()
-    training_loss(model, windows, windows[-1].sum())[0].backward()
-    nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
-    return {name: weight.grad.norm().item() for name, weight in model.transformer.h.named_parameters()}
-
-
-# ======================================================================================================================
-# Analysis: how far the parameters have moved, and everything about one checkpoint
-# ======================================================================================================================
-def change(before, after):
-    """l2 distance, relative distance and cosine of two vectors; nan where one starts at zero and has no direction."""
-    distance, length = torch.linalg.vector_norm(after - before).item(), torch.linalg.vector_norm(before).item()
-    lengths = length * torch.linalg.vector_norm(after).item()
-    cosine = (before @ after).item() / lengths if lengths else math.nan
-    return dict(distance=distance, relative_distance=distance / length if length else math.nan, cosine=cosine)
-
-
-def parameter_change(before, after):
-    """Change from one state dict to another (section 5.3): of each parameter set of the blocks, and of all together."""
-    sets = [name for name in before if name.startswith("transformer.h.")]
-    pairs = [(before[name].flatten().cpu().double(), after[name].flatten().cpu().double()) for name in sets]
-    whole = change(*(torch.cat(vectors) for vectors in zip(*pairs)))
-    return {name.removeprefix("transformer.h."): change(*pair) for name, pair in zip(sets, pairs)}, whole
-
-
-def analyse(folder, epoch, args):
-    """Analyse the checkpoint of `epoch` of the run in `folder` in float32; returns all that table and figures show."""
-    run_args, records, _ = read_run(folder)
-    epoch = records[-1]["epoch"] if epoch is None else epoch
-    device = find_device(args)
-    start, model = (load_model(folder / f"epoch_{e}.pt", device)[0] for e in (0, epoch))
-    data = OfflineData(run_args, make_env(run_args, 1), device)
-    starts = np.random.default_rng(args.seed).integers(
-        len(data.states), size=args.norm_windows
-    )  # the same in every run
-    windows = data.windows(torch.as_tensor(starts, device=device), run_args.context_length)
-    in_blocks, total, cosines = gradient_statistics(model, windows, args.confusion_windows, args.chunk_size)
-    clip, pairs = run_args.max_grad_norm, cosines[np.triu_indices(len(cosines), 1)]
-    sets, whole = parameter_change(start.state_dict(), model.state_dict())
-    set_norms = batch_gradient(model, windows, clip)
-    for name, values in sets.items():
-        values |= dict(norm=set_norms[name], share=set_norms[name] / sum(set_norms.values()))
-    result = dict(run=f"{folder.name}, epoch {epoch}", backbone=Path(run_args.backbone).name, epoch=epoch)
-    result |= dict(env=run_args.env, K=run_args.context_length, seed=run_args.seed, clip=clip, sample=run_args.sample)
-    result |= dict(norm_before=total, norm_after=clipped_norm(in_blocks, total, clip), cosines=pairs)
-    result |= dict(median_norm=np.median(total), clipped_windows=np.mean(total > clip) if clip else 0.0)
-    result |= dict(clipped_steps=records[epoch]["clipped_fraction"], confusion=pairs.min(), mean_cosine=pairs.mean())
-    return result | whole | dict(sets=sets, records=records)
-
-
-# ======================================================================================================================
-# Figures
-# ======================================================================================================================
-def new_figure(results, what, width, height):
-    """An empty figure of `width` x `height` inches with `what` it shows of which environment, K and seeds as title."""
-    seeds = ", ".join(sorted({str(result["seed"]) for result in results}))
-    sample = ", bundled sample" * results[0]["sample"]
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(f"{results[0]['env']}, K = {results[0]['K']}, seed {seeds}{sample}: {what}")
-    return figure
-
-
-def plot_windows(results, args):
-    """Gradient norms of single windows before and after clipping, and the cosines of pairs (section 5.4)."""
-    what = f"{args.norm_windows} single windows; lowest cosine among {args.confusion_windows}: gradient confusion"
-    figure = new_figure(results, what, max(13, len(results)), 5.5)
-    panels = dict(
-        norm_before="gradient norm", norm_after="of the blocks after clipping", cosines="cosine of two windows"
-    )
-    for axes, (key, label) in zip(figure.subplots(1, 3), panels.items()):
-        names = [result["run"] for result in results]
-        drawn = axes.boxplot([result[key] for result in results], tick_labels=names, patch_artist=True, whis=(0, 100))
-        for box, median, result in zip(drawn["boxes"], drawn["medians"], results):
-            box.set(facecolor=COLORS[result["backbone"]], alpha=0.6)
-            median.set(color="black")
-        axes.set(ylabel=label, yscale="log" if key == "norm_before" else "linear")
-        axes.tick_params("x", rotation=90)
-        for level in {0} if key == "cosines" else {result["clip"] for result in results} - {0}:
-            axes.axhline(level, color="black", linestyle="--", linewidth=1)
-    return figure
-
-
-def plot_sets(results, what, panels):
-    """Bars for each parameter set in network order; `panels` are [(results, key of the set's value, label)].
-
-    Backbones without some of the sets, such as ImageGPT's LayerNorm biases, leave their places empty.
+    [analysis/signal_propagation.py#L231]
     """
-    figure = new_figure(results, what, 15, 3 * len(panels) + 0.8)
-    by_size = sorted((result["sets"] for result in results), key=len, reverse=True)  # the fullest model gives the order
-    names = sorted(dict.fromkeys(itertools.chain(*by_size)), key=lambda name: int(name.split(".")[0]))
-    place = {name: i for i, name in enumerate(names)}
-    for axes, (drawn, key, label) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels):
-        width = 0.8 / len(drawn)
-        for i, result in enumerate(drawn):
-            x = [place[name] + (i - (len(drawn) - 1) / 2) * width for name in result["sets"]]
-            values = [values[key] for values in result["sets"].values()]
-            axes.bar(x, values, width, color=COLORS[result["backbone"]], label=result["run"])
-        if key == "cosine":
-            lowest = np.nanmin([values[key] for result in drawn for values in result["sets"].values()])
-            axes.set_ylim(lowest - 0.1 * (1 - lowest), 1)
-        ticks = place if len(place) <= 60 else {name: i for name, i in place.items() if name.endswith("ln_1.weight")}
-        axes.set_xticks(list(ticks.values()), list(ticks), rotation=90, fontsize="x-small")
-        axes.set(ylabel=label, xlim=(-1, len(place)), yscale="log" if key == "relative_distance" else "linear")
-        axes.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    if max_grad_norm == 0:
+        return norm_in_blocks
+    return norm_in_blocks * np.minimum(1, max_grad_norm / norm_of_all)
+
+
+def batch_gradient_norms(model, windows, max_grad_norm):
+    """Norm of each parameter set of the blocks, in the clipped gradient of one batch: {name: norm}.
+
+    [analysis/signal_propagation.py#L330]
+    """
+    model.zero_grad()
+    loss, _ = training_loss(model, windows)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
+    norms = {}
+    for name, weight in model.transformer.h.named_parameters():
+        norms[name] = weight.grad.norm().item()
+    return norms
+
+
+# ==================================================================================================
+# Change of the parameters (section 5.3)
+# ==================================================================================================
+def vector_change(before, after):
+    """Distance, relative distance and cosine of two vectors; nan where one is zero.
+
+    The released code adds 1e-6 to the denominator, so that the cosine of a set that starts at zero
+    is 0 there. [analysis/section-53-parameter-similarity/parameter_similarity_analysis.py]
+    """
+    distance = (after - before).norm().item()
+    length = before.norm().item()
+    lengths = length * after.norm().item()
+    return {
+        "distance": distance,
+        "relative_distance": distance / length if length > 0 else math.nan,
+        "cosine": (before @ after).item() / lengths if lengths > 0 else math.nan,
+    }
+
+
+def parameter_changes(before, after):
+    """Change of each parameter set of the blocks from one model to another, and of all together."""
+    changes = {}
+    vectors_before = []
+    vectors_after = []
+    weights_after = dict(after.transformer.h.named_parameters())
+    for name, weight in before.transformer.h.named_parameters():
+        vectors_before.append(weight.detach().flatten().double().cpu())
+        vectors_after.append(weights_after[name].detach().flatten().double().cpu())
+        changes[name] = vector_change(vectors_before[-1], vectors_after[-1])
+    return changes, vector_change(torch.cat(vectors_before), torch.cat(vectors_after))
+
+
+# ==================================================================================================
+# Analysis of one model
+# ==================================================================================================
+def analyze(run, epoch, args, device):
+    """All that the table and the figures show of the model of a Run after `epoch`."""
+    data_args = replace(args, env=run.args["env"], dataset=run.args["dataset"])
+    data = OfflineData(load_episodes(data_args, make_env(data_args, 1)), device)
+    # The same windows for every model of a data set; the released code draws others for each.
+    rng = np.random.default_rng(args.seed)
+    starts = torch.as_tensor(rng.integers(len(data.states), size=args.norm_windows), device=device)
+    windows = data.windows(starts, run.args["context_length"])
+
+    max_grad_norm = run.args["max_grad_norm"]
+    before = load_model(run.folder / "epoch_0.pt", device)
+    model = load_model(run.folder / f"epoch_{epoch}.pt", device)
+    norm_in_blocks, norm_of_all, cosines = gradient_statistics(
+        model, windows, args.confusion_windows
+    )
+    pairs = cosines[np.triu_indices(len(cosines), 1)]
+    changes, whole_change = parameter_changes(before, model)
+    set_norms = batch_gradient_norms(model, windows, max_grad_norm)
+    sets = {}
+    for name, change in changes.items():
+        share = set_norms[name] / sum(set_norms.values())
+        sets[name] = {**change, "norm": set_norms[name], "share": share}
+
+    clipped_windows = np.mean(norm_of_all > max_grad_norm).item() if max_grad_norm > 0 else 0.0
+    return {
+        "run": f"{run.folder.name}, epoch {epoch}",
+        "args": run.args,
+        "epoch": epoch,
+        "median_norm": np.median(norm_of_all).item(),
+        "clipped_windows": clipped_windows,
+        "clipped_steps": run.records[epoch]["clipped_fraction"],
+        "confusion": pairs.min().item(),
+        "mean_cosine": pairs.mean().item(),
+        **whole_change,
+        "sets": sets,
+        "norm_before": norm_of_all.tolist(),
+        "norm_after": clipped_norm(norm_in_blocks, norm_of_all, max_grad_norm).tolist(),
+        "cosines": pairs.tolist(),
+    }
+
+
+# ==================================================================================================
+# Figures
+# ==================================================================================================
+def study_subject(results, subject):
+    """A subject for new_figure that tells K and the seeds."""
+    seeds = sorted({result["args"]["seed"] for result in results})
+    context_length = results[0]["args"]["context_length"]
+    return f"{subject}, K = {context_length}, seed {', '.join(map(str, seeds))}"
+
+
+def result_color(result):
+    return COLORS.get(Path(result["args"]["backbone"]).name, OTHER_COLOR)
+
+
+def plot_windows(results):
+    """Norms of single windows' gradients before and after clipping, their cosines, and the lowest.
+
+    The lowest is the gradient confusion of Sankararaman et al. 2020, bars in Fig. 5. Whiskers reach
+    1.5 interquartile ranges, as in the paper. Its boxes are cut off at 0.25.
+    [analysis/section-54-gradient-analysis/compute_grad_norm.py#L107]
+    """
+    num_windows = len(results[0]["norm_before"])
+    subject = study_subject(results, f"gradients of {num_windows} single windows")
+    figure = new_figure(results[0]["args"], subject, max(16, 1.3 * len(results)), 5.5)
+    names = [result["run"] for result in results]
+    colors = [result_color(result) for result in results]
+    panels = {
+        "norm_before": "gradient norm",
+        "norm_after": "norm of the blocks after clipping",
+        "cosines": "cosine of two windows",
+        "confusion": "lowest cosine: gradient confusion",
+    }
+    for axes, (name, label) in zip(figure.subplots(1, 4), panels.items()):
+        values = [result[name] for result in results]
+        if name == "confusion":
+            axes.bar(names, values, color=colors)
+        else:
+            boxes = axes.boxplot(values, tick_labels=names, patch_artist=True)
+            for box, median, color in zip(boxes["boxes"], boxes["medians"], colors):
+                box.set(facecolor=color, alpha=0.6)
+                median.set_color("black")
+        if name in ("norm_before", "norm_after"):
+            for threshold in {result["args"]["max_grad_norm"] for result in results} - {0}:
+                axes.axhline(threshold, color="black", linestyle="--", linewidth=1)
+        if name == "norm_before":
+            axes.set_yscale("log")
+        axes.set_ylabel(label)
+        axes.tick_params("x", rotation=90)
     return figure
 
 
-def plot_clipping(results):
-    """Action error, return and gradient norm per epoch, without clipping dotted (App. G.3)."""
-    figure = new_figure(results, "clipping at work", 13, 3.8)
-    panels = dict(loss="mean squared action error", return_mean="return", grad_norm="gradient norm before clipping")
-    for axes, (key, label) in zip(figure.subplots(1, 3), panels.items()):
-        for name, result in {result["run"].partition(", epoch")[0]: result for result in results}.items():
-            style, color = "-o" if result["clip"] else ":o", COLORS[result["backbone"]]
-            values = [record[key] for record in result["records"]]
-            axes.plot(values, style, markersize=3, color=color, label=name)
+def plot_shares(results):
+    """Share of parameter sets in the sum of the norms of one clipped gradient (Fig. 7, right).
+
+    [analysis/section-54-gradient-analysis/compute_grad_norm.py#L134]
+    """
+    subject = study_subject(results, "who owns the gradient")
+    figure = new_figure(results[0]["args"], subject, 10, 0.5 * len(results) + 2)
+    axes = figure.subplots()
+    parts = {
+        "0.ln_1.weight": "#D55E00",
+        "0.ln_1.bias": "#E69F00",
+        "other LayerNorms": "#F0E442",
+        "attention": "#0072B2",
+        "MLP": "#56B4E9",
+    }
+    for i, result in enumerate(results):
+        shares = dict.fromkeys(parts, 0.0)
+        for name, values in result["sets"].items():
+            if name in parts:
+                part = name
+            elif ".ln_" in name:
+                part = "other LayerNorms"
+            elif ".attn." in name:
+                part = "attention"
+            else:
+                part = "MLP"
+            shares[part] += values["share"]
+        left = 0.0
+        for part, share in shares.items():
+            label = part if i == 0 else None
+            axes.barh(result["run"], share, left=left, color=parts[part], label=label)
+            left += share
+    axes.set(xlabel="norm of the set / sum of the norms of all sets", xlim=(0, 1))
+    axes.invert_yaxis()
+    figure.legend(loc="outside lower center", ncols=5, frameon=False)
+    return figure
+
+
+def plot_sets(results, columns, subject):
+    """Bars for each parameter set in the order of the network, one panel for each of `columns`.
+
+    A set that a model does not have, as ImageGPT's LayerNorm biases, leaves its place empty.
+    """
+    subject = study_subject(results, subject)
+    figure = new_figure(results[0]["args"], subject, 16, 3.2 * len(columns) + 1)
+    largest = max(results, key=lambda result: len(result["sets"]))
+    names = list(largest["sets"])
+    for result in results:
+        names += [name for name in result["sets"] if name not in names]
+    names.sort(key=lambda name: int(name.partition(".")[0]))  # by block; a stable sort
+    positions = {name: i for i, name in enumerate(names)}
+    width = 0.8 / len(results)
+    for axes, (column, label) in zip(
+        figure.subplots(len(columns), 1, squeeze=False)[:, 0], columns
+    ):
+        for i, result in enumerate(results):
+            offset = (i - (len(results) - 1) / 2) * width
+            x = [positions[name] + offset for name in result["sets"]]
+            values = [values[column] for values in result["sets"].values()]
+            axes.bar(x, values, width, color=result_color(result), label=result["run"])
+        if column == "cosine":
+            lowest = min(np.nanmin([v[column] for v in r["sets"].values()]) for r in results)
+            axes.set_ylim(lowest - 0.1 * (1 - lowest), 1)
+        else:
+            axes.set_yscale("log")
+        ticks = positions
+        if len(positions) > 60:
+            ticks = {name: x for name, x in positions.items() if name.endswith("ln_1.weight")}
+        axes.set_xticks(list(ticks.values()), list(ticks), rotation=90, fontsize="x-small")
+        axes.set(ylabel=label, xlim=(-1, len(positions)))
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=3)
+    return figure
+
+
+def plot_clipping(runs):
+    """Loss, return and gradient norm per epoch; runs without clipping are dotted (App. G.3)."""
+    figure = new_figure(runs[0].args, "with and without clipping", 13, 4)
+    panels = {
+        "loss": "mean squared action error",
+        "return_mean": "return",
+        "grad_norm": "gradient norm before clipping",
+    }
+    for axes, (name, label) in zip(figure.subplots(1, 3), panels.items()):
+        for run in runs:
+            values = [record[name] for record in run.records]
+            style = "-o" if run.args["max_grad_norm"] > 0 else ":o"
+            color = COLORS.get(Path(run.args["backbone"]).name, OTHER_COLOR)
+            run_label = f"{run.folder.name}, seed {run.args['seed']}"
+            axes.plot(values, style, markersize=3, color=color, label=run_label)
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(*axes.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=3)
     return figure
 
 
-# ======================================================================================================================
+# ==================================================================================================
+# Utilities: arguments, files, tables, errors
+# ==================================================================================================
+COLORS = {  # colour-blind safe, after Okabe and Ito
+    "gpt2": "#0072B2",
+    "igpt": "#D55E00",
+    "igpt-as-gpt2": "#E69F00",
+    "random": "#555555",
+    "random-gpt2": "#009E73",
+    "markov": "#56B4E9",
+}
+OTHER_COLOR = "#CC79A7"
+
+
+def stop(message, status=2):
+    """End the program with one sentence about something that the user can put right."""
+    if RANK == 0:
+        tqdm.write(message, file=sys.stderr)  # on a line of its own, also beside a progress bar
+    raise SystemExit(status)
+
+
+def first_line(error):
+    """An exception in a few words, to be put into a sentence."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}".rstrip(" .:")
+
+
+def complete_arguments(args):
+    """Check the arguments, and fill in what was not given and depends on others."""
+    at_least_one = ("context_length", "batch_size", "num_epochs", "steps_per_epoch")
+    for name in (*at_least_one, "num_eval_episodes"):
+        if getattr(args, name) < 1:
+            stop(f"--{name.replace('_', '-')} must be at least 1.")
+    for name in ("learning_rate", "weight_decay", "warmup_steps", "dropout", "seed"):
+        if getattr(args, name) < 0:
+            stop(f"--{name.replace('_', '-')} must not be negative.")
+    if args.max_grad_norm < 0:
+        stop("--max-grad-norm must not be negative; 0 switches clipping off.")
+    env_name = args.env.rsplit("-v", 1)[0]
+    task = TASKS.get(env_name)
+    if task is None and (args.dataset is None or args.target_return is None):
+        stop(f"{args.env} is none of {', '.join(TASKS)}: give --dataset and --target-return.")
+    if args.dataset is None:
+        args.dataset = task.dataset
+        if args.sample:
+            args.dataset = f"sample/{env_name.lower()}/medium-v0"
+    if args.target_return is None:
+        args.target_return = task.target_return
+    if args.run_name is None:
+        backbone_name = Path(args.backbone or "study").name
+        args.run_name = f"{args.env}__{SCRIPT}__{backbone_name}__{args.seed}__{int(time.time())}"
+
+
+def open_folder(folder, args):
+    """Make the folder of a run; if there is one, `args` must be what it was started with."""
+    path = folder / "args.json"
+    if path.exists():
+        earlier = json.loads(path.read_text())
+        # JSON knows no tuples, so that these arguments have to be made lists, too.
+        for name, value in json.loads(json.dumps(asdict(args))).items():
+            if name not in MAY_DIFFER and value != earlier.get(name):
+                stop(
+                    f"{folder} was started with {name} = {earlier.get(name)}, not {value}: "
+                    "choose another --run-name, or the arguments that it was started with."
+                )
+    if RANK == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_json(path, asdict(args))
+
+
+@contextmanager
+def replacing(path):
+    """A temporary path to write to, which then replaces `path`: what is there is always whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    yield temporary
+    os.replace(temporary, path)
+
+
+def save_json(path, content):
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1))
+
+
+def save_checkpoint(path, checkpoint):
+    with replacing(path) as temporary:
+        torch.save(checkpoint, temporary)
+
+
+def save_figure(figure, path, step):
+    """Write a matplotlib figure as a PNG and as a TensorBoard image."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+    with SummaryWriter(path.parent) as writer:
+        writer.add_figure(path.stem, figure, step)
+
+
+def new_figure(args, subject, width, height):
+    """An empty figure, width x height in inches, titled with what it shows of which environment."""
+    sample = ", bundled sample" if args["sample"] else ""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(f"{args['env']}: {subject}{sample}")
+    return figure
+
+
+def read_run(folder):
+    """The Run in a folder of any of the scripts."""
+    path = Path(folder) / "summary.json"
+    if not path.exists():
+        stop(f"{folder} is no folder of a run: it has no summary.json.")
+    summary = json.loads(path.read_text())
+    return Run(Path(folder), summary["args"], summary["epochs"], summary["history"])
+
+
+def print_table(rows, formats):
+    """Print dicts as a table; `formats` are its columns and how their numbers are written."""
+    table = [list(formats)]
+    for row in rows:
+        cells = []
+        for name, form in formats.items():
+            is_nan = isinstance(row[name], float) and math.isnan(row[name])
+            cells.append("-" if is_nan else format(row[name], form))
+        table.append(cells)
+    widths = [max(len(cell) for cell in column) for column in zip(*table)]
+    for cells in table:
+        print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths)))
+
+
+# HalfCheetah's model file sets off a deprecation warning for every copy; all else should be seen.
+def warn_of_mujoco(text):
+    if "deprecated" not in text:
+        print(f"mujoco: {text}", file=sys.stderr)
+
+
+mujoco.set_mju_user_warning(warn_of_mujoco)
+
+
+# ==================================================================================================
 # Experiment
-# ======================================================================================================================
-@dataclass
-class Run(Args):  # the arguments of one training run of the study
-    backbone: str = "gpt2"
-    max_grad_norm: float = 0.25
-
-
+# ==================================================================================================
 if __name__ == "__main__":
-    args, folder = parse_arguments()
-    if not 2 <= args.confusion_windows <= args.norm_windows or args.chunk_size < 1 or min(args.max_grad_norms) < 0:
-        stop("--confusion-windows must be from 2 to --norm-windows, --chunk-size from 1, --max-grad-norms from 0.")
+    defaults = SAMPLE if "--sample" in sys.argv else Args()
+    args = tyro.cli(Args, default=defaults, description=__doc__)
+    complete_arguments(args)
+    if not 2 <= args.confusion_windows <= args.norm_windows:
+        stop("--confusion-windows must be at least 2, and at most --norm-windows.")
     if not args.runs and max(args.epochs, default=0) > args.num_epochs:
         stop(f"--epochs {max(args.epochs)} is beyond --num-epochs {args.num_epochs}.")
     args.save_epochs = (0, *args.save_epochs, *args.epochs)
-    folders = [Path(run) for run in args.runs]
+    folder = Path("runs") / args.run_name
+    device = find_device(args)
     try:
-        for backbone, clip in itertools.product(args.backbones, args.max_grad_norms) if not args.runs else ():
-            folders.append(folder / f"{Path(backbone).name}_clip_{clip:g}")
-            train(Run(**asdict(args), backbone=backbone, max_grad_norm=clip), folders[-1])
+        if args.runs:
+            runs = [read_run(run) for run in args.runs]
+        else:
+            runs = train_study(args, folder, device)
     except KeyboardInterrupt:
-        stop(f"Interrupted; go on with: python {SCRIPT}.py --resume {folder}", status=130)
+        stop(f"Interrupted; the same command with --run-name {args.run_name} goes on.", status=130)
     if RANK > 0:
         sys.exit()
 
-    checkpoints = list(itertools.product(folders, args.epochs or (None,)))
-    results = [analyse(*checkpoint, args) for checkpoint in tqdm(checkpoints, desc="analysis", unit="checkpoint")]
+    results = []
+    for run in tqdm(runs, desc="analysis", unit="run"):
+        last_epoch = run.records[-1]["epoch"]
+        for epoch in args.epochs or (last_epoch,):
+            if epoch > last_epoch:
+                stop(f"{run.folder} ends with epoch {last_epoch}, it has no epoch {epoch}.")
+            results.append(analyze(run, epoch, args, device))
+
+    folder.mkdir(parents=True, exist_ok=True)
     save_json(folder / "results.json", results)
-    changes = [(results, key, key.replace("_", " ")) for key in ("distance", "relative_distance", "cosine")]
+    change_columns = [
+        ("distance", "l2 distance"),
+        ("relative_distance", "relative distance"),
+        ("cosine", "cosine"),
+    ]
+    norm_columns = [("norm", "norm in the clipped gradient")]
     figures = {
-        "gradient_windows": plot_windows(results, args),
-        "gradient_per_set": plot_sets(
-            results,
-            f"gradient of {args.norm_windows} windows together",
-            [([result], "norm", "clipped norm") for result in results],
-        ),
-        "parameter_change": plot_sets(results, "change of each parameter set since epoch 0", changes),
-        "clipping": plot_clipping(results),
+        "gradient_windows": plot_windows(results),
+        "gradient_shares": plot_shares(results),
+        "gradient_per_set": plot_sets(results, norm_columns, "gradient of one batch"),
+        "parameter_change": plot_sets(results, change_columns, "change since epoch 0"),
+        "clipping": plot_clipping(runs),
     }
     for name, figure in figures.items():
-        save_figure(figure, folder / f"{name}.png", args.num_epochs)
-    formats = dict(run="", median_norm=".3f", clipped_windows=".0%", clipped_steps=".0%", confusion=".3f")
-    formats |= dict(distance=".2f", relative_distance=".4f", cosine=".5f")
-    print_table(results, formats)
+        save_figure(figure, folder / f"{name}.png", step=args.num_epochs)
+    print_table(
+        results,
+        {
+            "run": "",
+            "median_norm": ".3f",
+            "clipped_windows": ".0%",
+            "clipped_steps": ".0%",
+            "confusion": ".3f",
+            "distance": ".2f",
+            "relative_distance": ".4f",
+            "cosine": ".5f",
+        },
+    )
     print("\nlargest shares, norm of the set / sum of the norms of all sets of the blocks:")
     for result in results:
-        largest = sorted(result["sets"].items(), key=lambda item: -item[1]["share"])[:4]
-        print(f"{result['run']}:", ", ".join(f"{name} {values['share']:.0%}" for name, values in largest))
-    print(f"{folder}: results.json and {len(figures)} figures; or: tensorboard --logdir runs")
+        shares = {name: values["share"] for name, values in result["sets"].items()}
+        largest = sorted(shares, key=shares.get, reverse=True)[:4]
+        print(f"{result['run']}:", ", ".join(f"{name} {shares[name]:.0%}" for name in largest))
+    print(f"{folder}: results.json, {', '.join(figures)}; or: tensorboard --logdir runs")

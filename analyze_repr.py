@@ -1,12 +1,15 @@
-"""Open up the representations: what does fine-tuning leave of them, and what do they know about the data?
+"""Open up the representations: what does fine-tuning leave of them, and what do they know?
 
-    python analyze_repr.py --sample                                          # bundled inputs, two CPU cores
-    python analyze_repr.py --backbones random gpt2 igpt --env Hopper-v4      # fine-tunes each for 40 epochs
-    python analyze_repr.py --runs runs/ONE runs/ANOTHER --epochs 0 40        # checkpoints of the other scripts
-    python analyze_repr.py --runs runs/ONE --mine-paper-settings             # MINE as the paper ran it
+    python analyze_repr.py --sample                                    # two CPU cores
+    python analyze_repr.py --backbones random gpt2 igpt-as-gpt2        # 40 epochs each, then looks
+    python analyze_repr.py --runs runs/ONE runs/ANOTHER --epochs 0 40  # finished runs
+    python analyze_repr.py --runs runs/ONE --mine-paper-settings       # MINE as the paper ran it
 
-Paper: S. Takagi, "On the Effect of Pre-training for Transformer in Different Modality on Offline Reinforcement
-Learning", NeurIPS 2022, https://arxiv.org/abs/2211.09817 (sections 5.1 and 5.2, App. D, E and H.2).
+Paper: S. Takagi, "On the Effect of Pre-training for Transformer in Different Modality on Offline
+Reinforcement Learning", NeurIPS 2022, https://arxiv.org/abs/2211.09817 (5.1, 5.2, App. D, E, H.2).
+
+A comment like [experiment.py#L321] points to a line of the paper's released code, under
+https://github.com/t46/pre-training-different-modality-offline-rl/blob/200abbe/can-wikipedia-help-offline-rl
 """
 
 import itertools
@@ -16,14 +19,11 @@ import os
 import sys
 import time
 import warnings
-from collections import OrderedDict, defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import gymnasium as gym
 import h5py
@@ -40,292 +40,142 @@ from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
 ASSETS = Path(__file__).resolve().parent / "tests" / "assets"
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+RANK = int(os.environ.get("RANK", 0))  # set by torchrun, as is WORLD_SIZE
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # Arguments
-# ======================================================================================================================
+# ==================================================================================================
 @dataclass
 class Args:
     backbones: tuple[str, ...] = ("random", "gpt2", "igpt")
-    """starting points: gpt2, igpt, igpt-as-gpt2, random, random-gpt2, markov, markov-sharp, hub ids or local folders"""
+    """starting points to compare, each as --backbone of dt_pretrained.py takes it"""
     runs: tuple[str, ...] = ()
-    """run folders of dt_pretrained.py or dt_no_context.py whose checkpoints are analysed instead of training"""
+    """finished runs of any script to analyze instead of training"""
     epochs: tuple[int, ...] = ()
-    """the two epochs to compare, before and after fine-tuning; if not given, 0 and the last"""
+    """the two epochs to compare, before and after fine-tuning; by default 0 and the last"""
     cka_windows: int = 100
     """windows on which activations are compared; 0 leaves CKA out"""
     cka_threshold: float = 0.23
-    """layers whose CKA before and after fine-tuning is above this are counted"""
+    """layers with a CKA above this are counted; the paper has 0.23, and 0.38 in App. D.3"""
     mine_windows: int = 5000
-    """windows to train the estimators of mutual information on, and as many held-out ones; 0 leaves MINE out"""
+    """windows to train MINE on, and as many held-out ones to read it off; 0 leaves it out"""
     mine_batch_size: int = 500
-    """windows per training step of an estimator"""
+    """windows per training step of MINE"""
     mine_passes: int = 20
     """passes over the training windows"""
-    mine_repeats: int = 3
-    """seeds with which every estimate is repeated"""
     mine_steps: int | None = None
-    """time steps of the window at which information is estimated, evenly spaced; if not given, all K"""
-    mine_group: int = 100
-    """estimators trained side by side; changes memory, not results"""
+    """time steps of a window at which information is estimated, evenly spaced; by default all K"""
     mine_paper_settings: bool = False
-    """100 windows, batches of 50, 1,000 passes, raw inputs, read off the training windows: memorization counts too"""
+    """100 windows, batches of 50, 1,000 passes, read off the training windows: see README"""
 
+    backbone: tyro.conf.Suppress[str] = ""  # of one run, which the script sets
     env: str = "Hopper-v4"
-    """gymnasium environment: Hopper, HalfCheetah or Walker2d, -v4 or -v5; others need --dataset and --target-return"""
+    """Hopper, HalfCheetah or Walker2d, -v4 or -v5; others need --dataset and --target-return"""
     dataset: str | None = None
-    """Minari id, or D4RL .hdf5 file; if not given, mujoco/{hopper,halfcheetah,walker2d}/medium-v0"""
+    """Minari id or D4RL .hdf5 file; by default mujoco/{hopper,halfcheetah,walker2d}/medium-v0"""
     sample: bool = False
-    """run on the small bundled data and backbones, settings that are not given chosen for two CPU cores"""
+    """bundled data and small backbones, and sizes for two CPU cores where none are given"""
 
     context_length: int = 20
     """K, the number of time steps that the model sees"""
+    dropout: float = 0.2
+    """on the residual branches; on attention weights and the backbone's input it is at most 0.1"""
+    head_std: float | None = None
+    """standard deviation of the initial action embedding, which is the action head too; by default
+    nn.Linear's, as in the paper, with which the tanh of the actions starts saturated (try 0.02)"""
+
     batch_size: int = 64
-    """windows per training step"""
+    """windows per training step, of all processes together"""
     learning_rate: float = 1e-4
-    """AdamW's learning rate after the warm-up"""
+    """of AdamW, after the warm-up"""
     weight_decay: float = 1e-4
-    """AdamW's weight decay, on all parameters"""
+    """of AdamW, on all parameters"""
     warmup_steps: int = 5000
     """training steps over which the learning rate rises linearly"""
-    dropout: float = 0.2
-    """dropout on the residual branches; on attention weights and on the backbone's input it is at most 0.1"""
     max_grad_norm: float = 0.25
     """gradients longer than this are shortened to it; 0 switches clipping off (App. G.3)"""
     num_epochs: int = 40
     """epochs, each followed by an evaluation"""
     steps_per_epoch: int = 2500
     """training steps per epoch"""
+
     num_eval_episodes: int = 100
     """episodes per evaluation"""
     target_return: float | None = None
-    """return the model is asked for; if not given, Hopper 3600, HalfCheetah 6000, Walker2d 5000"""
+    """return to ask for; by default Hopper 3600, HalfCheetah 6000, Walker2d 5000"""
 
     seed: int = 666
     """fixes initial weights, windows, dropout and evaluation episodes"""
     device: str = "auto"
     """auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, mps"""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """of matrix products, weights are always float32; auto is bf16 where the device computes with it"""
+    """of matrix products, weights are always float32; auto is bf16 where that is fast"""
+    compile: bool = torch.cuda.is_available()
+    """torch.compile the model"""
     save_epochs: tuple[int, ...] = (0,)
-    """epochs after which a checkpoint is kept, 0 being before training; the last is always kept"""
+    """epochs whose model is kept, 0 being before training; the last is always kept"""
     run_name: str | None = None
-    """folder under runs/; if not given, {env}__{script}__study__{seed}__{time}"""
-    resume: str | None = None
-    """folder to go on with, what is trained stays; its arguments hold, only --num-epochs may be given anew"""
+    """folder under runs/; the same command with the same name goes on where the run stopped"""
 
 
-# What --sample changes where the user did not say otherwise; models that small need no dropout.
-SAMPLE = dict(batch_size=8, learning_rate=1e-3, warmup_steps=700, dropout=0.0, num_epochs=2, steps_per_epoch=700)
-SAMPLE |= dict(
-    num_eval_episodes=8, cka_threshold=0.8, mine_windows=1500, mine_batch_size=150, mine_repeats=1, mine_steps=2
+# What --sample changes where nothing else is given; models that small need no dropout.
+SAMPLE = Args(
+    sample=True,
+    dropout=0.0,
+    batch_size=8,
+    learning_rate=1e-3,
+    warmup_steps=700,
+    num_epochs=2,
+    steps_per_epoch=700,
+    num_eval_episodes=8,
+    cka_threshold=0.8,
+    mine_windows=1000,
+    mine_batch_size=100,
+    mine_steps=2,
 )
+# What may differ from before when a run is gone on with.
+MAY_DIFFER = {"num_epochs", "save_epochs", "backbones", "runs", "epochs"}
+MAY_DIFFER |= {"cka_windows", "cka_threshold", "mine_windows", "mine_batch_size", "mine_passes"}
+MAY_DIFFER |= {"mine_steps", "mine_paper_settings"}
 
 
-# ======================================================================================================================
-# Helpers: what is not given, what goes wrong, what is written
-# ======================================================================================================================
-# Per environment: data set, the return that is asked for, and D4RL's returns of a random policy and of an expert.
-TASKS = {
-    "Hopper": ("mujoco/hopper/medium-v0", 3600, -20.272305, 3234.3),
-    "HalfCheetah": ("mujoco/halfcheetah/medium-v0", 6000, -280.178953, 12135.0),
-    "Walker2d": ("mujoco/walker2d/medium-v0", 5000, 1.629008, 4592.3),
-}
-COLORS = defaultdict(lambda: "#CC79A7", {"random": "#555555", "random-gpt2": "#009E73", "markov": "#56B4E9"})
-COLORS |= {"gpt2": "#0072B2", "igpt": "#D55E00", "igpt-as-gpt2": "#E69F00", "markov-sharp": "#000000"}  # Okabe-Ito
-
-
-def stop(message, status=2):
-    """End the program with one sentence on stderr: this, the user can put right."""
-    tqdm.write(message, file=sys.stderr)  # on a line of its own, also beside a progress bar
-    raise SystemExit(status)
-
-
-@contextmanager
-def or_stop(message):
-    """Whatever the libraries raise in this context ends the program with `message` and the first line of the reason."""
-    try:
-        yield
-    except Exception as error:
-        stop(f"{message} ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}).")
-
-
-def parse_arguments():
-    """Return the arguments and the run folder; what is not given is the sample's, or that of the run to resume."""
-    args = tyro.cli(Args, description=__doc__)
-    if args.resume:
-        with or_stop(f"{args.resume} cannot be resumed, it has no args.json of {SCRIPT}.py"):
-            before = json.loads(Path(args.resume, "args.json").read_text())
-            before = Args(**{name: tuple(x) if isinstance(x, list) else x for name, x in before.items()})
-        args = tyro.cli(Args, default=before)
-        if replace(args, num_epochs=before.num_epochs, resume=None) != before:
-            stop("A run is resumed with the arguments that it was started with, only --num-epochs may be given anew.")
-    elif args.sample:
-        args = tyro.cli(Args, default=Args(sample=True, **SAMPLE))
-
-    at_least_1 = ("context_length", "batch_size", "num_epochs", "steps_per_epoch", "num_eval_episodes")
-    for name, value in vars(args).items():
-        if isinstance(value, int | float) and value < (name in at_least_1) and name != "target_return":
-            stop(f"--{name.replace('_', '-')} {value} is out of range.")
-    env_name = args.env.rsplit("-v", 1)[0]
-    if env_name not in TASKS and None in (args.dataset, args.target_return):
-        stop(f"{args.env} is not one of {', '.join(TASKS)}: give --dataset and --target-return.")
-    args.dataset = args.dataset or (f"sample/{env_name.lower()}/medium-v0" if args.sample else TASKS[env_name][0])
-    if args.target_return is None:
-        args.target_return = TASKS[env_name][1]
-    backbone = Path(getattr(args, "backbone", "study")).name
-    args.run_name = args.run_name or f"{args.env}__{SCRIPT}__{backbone}__{args.seed}__{int(time.time())}"
-    folder = Path(args.resume or f"runs/{args.run_name}")
-    if not args.resume and list(folder.rglob("latest.pt")):
-        stop(f"{folder} holds a run already; choose another --run-name, or go on with it by --resume {folder}.")
-    args.resume = None
-    if RANK == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_json(folder / "args.json", asdict(args))
-    return args, folder
-
-
-def save(path, write):
-    """Let `write` fill a temporary file and move it to `path`, which so appears whole or not at all."""
-    temporary = path.with_name("." + path.name)
-    write(temporary)
-    os.replace(temporary, path)
-
-
-def save_json(path, content):
-    save(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1, default=lambda x: x.tolist())))
-
-
-def read_run(folder):
-    """Return the arguments of the run in `folder`, its records per epoch and its history."""
-    with or_stop(f"{folder} is no folder of a run"):
-        summary = json.loads(Path(folder, "summary.json").read_text())
-        return SimpleNamespace(**summary["args"]), summary["epochs"], summary["history"]
-
-
-def save_figure(figure, path, step):
-    """Write a matplotlib figure as a PNG, and as a TensorBoard image into the same folder."""
-    save(path, partial(figure.savefig, dpi=120))
-    with SummaryWriter(path.parent) as writer:
-        writer.add_figure(path.stem, figure, step)
-
-
-def print_table(rows, formats):
-    """Print rows [list of dicts] as a table; `formats` are its columns and how they are printed, nan as -."""
-    lines = [list(formats)]
-    for row in rows:
-        lines.append([format(row[name], form) if row[name] == row[name] else "-" for name, form in formats.items()])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for line in lines:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
-
-
-# ======================================================================================================================
-# Environment and data
-# ======================================================================================================================
-RETURN_SCALE = 1000  # returns-to-go are divided by this before they enter the model
-warnings.filterwarnings("ignore", message=".*is out of date.*")  # -v4 is what the paper used
-# HalfCheetah's model file sets off a deprecation warning for every copy; anything else should be seen.
-mujoco.set_mju_user_warning(lambda text: "deprecated" in text or print(f"mujoco: {text}", file=sys.stderr))
-
-
-def make_env(args, num_copies, **options):
-    """Return a gymnasium vector environment with `num_copies` of `args.env`."""
-    with or_stop(f"the environment {args.env} cannot be used"):
-        env = gym.make_vec(args.env, num_copies, vectorization_mode="sync", **options)
-        space = env.single_action_space
-        assert (np.abs([space.low, space.high]) == 1).all(), f"its actions are {space}, the model's are from -1 to 1"
-    return env
-
-
-def read_d4rl(path):
-    """Return the episodes of a D4RL file: a list of (observations [T, state_dim], actions [T, act_dim], rewards [T]).
-
-    An episode ends where `terminals` or `timeouts` is set; what follows the last end is left out, as in the reference,
-    can-wikipedia-help-offline-rl, data/download_d4rl_datasets.py.
-    """
-    with h5py.File(path) as file:
-        columns = [file[name][()] for name in ("observations", "actions", "rewards", "terminals", "timeouts")]
-    assert len({len(column) for column in columns}) == 1, "its columns differ in length"
-    ends = np.flatnonzero(columns[3].astype(bool) | columns[4].astype(bool)) + 1
-    return list(zip(*(np.split(column, ends)[:-1] for column in columns[:3])))
-
-
-def read_minari(dataset):
-    """Return what `read_d4rl` does from a Minari data set, which is downloaded if it is not there."""
-    bundled = ASSETS / "minari" / dataset / "data"
-    data = minari.MinariDataset(bundled) if bundled.exists() else minari.load_dataset(dataset, download=True)
-    return [(e.observations[: len(e.actions)], e.actions, e.rewards) for e in data.iterate_episodes()]
-
-
-class OfflineData:
-    """The N transitions of `args.dataset`, one episode after the other. A batch of windows is an index lookup."""
-
-    def __init__(self, args, env, device):
-        takes = "a D4RL .hdf5 file, or a Minari id that is under MINARI_DATASETS_PATH or on the server; or try --sample"
-        with or_stop(f"--dataset {args.dataset} cannot be used, it takes {takes}"):
-            episodes = (read_d4rl if args.dataset.endswith(".hdf5") else read_minari)(args.dataset)
-            lengths = np.array([len(rewards) for _, _, rewards in episodes])
-            assert lengths.min(initial=1) > 0 and len(lengths), "it has no episode, or one without a step"
-            for observations, actions, rewards in episodes:
-                assert len(observations) == len(actions) == len(rewards), "its columns differ in length"
-            columns = [np.concatenate(column, dtype=np.float32, casting="same_kind") for column in zip(*episodes)]
-            assert all(np.isfinite(column).all() for column in columns), "it has non-finite numbers"
-            states, actions, rewards = columns
-            for x, shape in zip(columns, (env.single_observation_space.shape, env.single_action_space.shape, ())):
-                assert x.shape[1:] == shape, f"it has dimensions {x.shape[1:]} where {args.env} has {shape}"
-
-        ends = np.cumsum(lengths)
-        returns_to_go = [r[::-1].cumsum(dtype=np.float64)[::-1] for r in np.split(rewards, ends[:-1])]  # undiscounted
-        mean, std = states.mean(0, dtype=np.float64), states.std(0, dtype=np.float64) + 1e-6
-        floats = (mean, std, (states - mean) / std, actions, np.concatenate(returns_to_go)[:, None] / RETURN_SCALE)
-        floats = [torch.as_tensor(np.float32(x), device=device) for x in floats]
-        self.state_mean, self.state_std = floats[:2]  # [state_dim]
-        self.states, self.actions, self.returns_to_go = floats[2:]  # [N, state_dim], [N, act_dim], [N, 1]
-        self.timesteps = torch.as_tensor(np.concatenate([np.arange(n) for n in lengths]), device=device)  # [N]
-        self.episode_ends = torch.as_tensor(np.repeat(ends, lengths), device=device)  # [N], after its last transition
-
-    def windows(self, starts, context_length):
-        """Cut one window of K steps from each start [batch]; steps past the end of the episode are zeros.
-
-        Returns returns_to_go [batch, K, 1], states, actions, timesteps [batch, K] and the mask of valid steps, as long.
-        """
-        index = starts.unsqueeze(1) + torch.arange(context_length, device=starts.device)
-        valid = index < self.episode_ends[starts].unsqueeze(1)
-        index = torch.where(valid, index, 0)
-        parts = [x[index] * valid.unsqueeze(-1) for x in (self.returns_to_go, self.states, self.actions)]
-        return *parts, self.timesteps[index] * valid, valid
-
-
-# ======================================================================================================================
-# Model: a GPT that can be a GPT-2 and an ImageGPT, and the Decision Transformer around it
-# ======================================================================================================================
+# ==================================================================================================
+# Model: blocks that can be GPT-2's or ImageGPT's, and the Decision Transformer around them
+# ==================================================================================================
 class QuickGELU(nn.Module):
+    """The approximation of GELU that ImageGPT was trained with."""
+
     def forward(self, x):
         return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "gelu_new": partial(nn.GELU, "tanh"), "quick_gelu": QuickGELU}
-LAYER_NORMS = {"gpt2": nn.LayerNorm, "imagegpt": nn.RMSNorm}  # ImageGPT subtracts no mean and has no bias
+ACTIVATIONS = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "gelu_new": lambda: nn.GELU(approximate="tanh"),
+    "quick_gelu": QuickGELU,
+}
+# ImageGPT's own LayerNorm subtracts no mean and has no bias, which makes it an RMSNorm.
+LAYER_NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """Architecture of one block; a GPT is a list of these."""
+    """Architecture of one block; the blocks of a model may differ."""
 
     n_embd: int
     n_head: int
     n_inner: int
     activation: str
-    layer_norm: str = "gpt2"
+    layer_norm: str = "layernorm"
     epsilon: float = 1e-5  # of the LayerNorms
     dropout: float = 0.0
 
 
 class Conv1D(nn.Module):
-    """A linear layer with its weight stored [in, out], as in the checkpoints."""
+    """A linear layer that keeps its weight as [in, out], as GPT-2's checkpoints do."""
 
     def __init__(self, n_in, n_out):
         super().__init__()
@@ -337,814 +187,1542 @@ class Conv1D(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention, [batch, tokens, width] to the same."""
+    """Causal multi-head self-attention."""
 
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.attention_dropout = config.n_head, min(0.1, config.dropout)
+        self.n_head = config.n_head
+        self.attention_dropout = min(0.1, config.dropout)
         self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
+    def heads(self, x):
+        """Queries, keys and values of all heads, each [batch, heads, tokens, width / heads]."""
+        query, key, value = self.c_attn(x).chunk(3, dim=-1)
+        query = query.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+        key = key.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+        value = value.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+        return query, key, value
+
+    def forward(self, x):  # [batch, tokens, width]
+        query, key, value = self.heads(x)
+        dropout_p = self.attention_dropout if self.training else 0.0
+        x = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, is_causal=True)
+        x = x.transpose(1, 2).flatten(2)  # [batch, tokens, width], the heads side by side
+        return self.resid_dropout(self.c_proj(x))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = Conv1D(config.n_embd, config.n_inner)
+        self.act = ACTIVATIONS[config.activation]()
+        self.c_proj = Conv1D(config.n_inner, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+
     def forward(self, x):
-        query, key, value = self.c_attn(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
-        dropout_p = self.attention_dropout * self.training
-        y = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, is_causal=True)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
+        return self.dropout(self.c_proj(self.act(self.c_fc(x))))
 
 
 class Block(nn.Module):
-    """Attention and MLP, each after a LayerNorm and beside a residual connection; named as in the checkpoints."""
+    """Attention and MLP, each behind a LayerNorm; modules are named as in the checkpoints."""
 
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = LAYER_NORMS[config.layer_norm](config.n_embd, eps=config.epsilon)
+        layer_norm = LAYER_NORMS[config.layer_norm]
+        self.ln_1 = layer_norm(config.n_embd, eps=config.epsilon)
         self.attn = Attention(config)
-        self.ln_2 = LAYER_NORMS[config.layer_norm](config.n_embd, eps=config.epsilon)
-        c_fc, c_proj = Conv1D(config.n_embd, config.n_inner), Conv1D(config.n_inner, config.n_embd)
-        act, dropout = ACTIVATIONS[config.activation](), nn.Dropout(config.dropout)
-        self.mlp = nn.Sequential(OrderedDict(c_fc=c_fc, act=act, c_proj=c_proj, dropout=dropout))
+        self.ln_2 = layer_norm(config.n_embd, eps=config.epsilon)
+        self.mlp = MLP(config)
 
     def forward(self, x):
         x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.mlp(self.ln_2(x))
+        return x
 
 
 class DecisionTransformer(nn.Module):
-    """Predict each step's action from the returns-to-go, states and actions up to it (Chen et al. 2021).
+    """Predict each step's action from the returns-to-go, states and actions up to it.
 
-    As in can-wikipedia-help-offline-rl's decision_transformer.py, the time embedding comes after the LayerNorm of the
-    token embeddings, and the action head is the transposed action embedding.
-    Attention is causal and knows no position, so that windows are padded on the right and need no mask.
+    After Chen et al. 2021 and Reid et al. 2022. The backbone's own word and position embeddings are
+    not used: a learned embedding of the time step is all that a token knows about its position.
     """
 
     def __init__(self, blocks, final_norm, state_dim, act_dim, max_timestep):
         super().__init__()
-        shape = dict(final_norm=final_norm, state_dim=state_dim, act_dim=act_dim, max_timestep=max_timestep)
-        self.architecture = dict(blocks=[asdict(config) for config in blocks], **shape)  # goes into checkpoints
         width = blocks[0].n_embd
+        self.architecture = {  # what load_model needs to build this model again
+            "blocks": [asdict(block) for block in blocks],
+            "final_norm": final_norm,
+            "state_dim": state_dim,
+            "act_dim": act_dim,
+            "max_timestep": max_timestep,
+        }
         self.embed_timestep = nn.Embedding(max_timestep, width)
         self.embed_return = nn.Linear(1, width)
         self.embed_state = nn.Linear(state_dim, width)
-        self.embed_action = nn.Linear(act_dim, width)
+        self.embed_action = nn.Linear(act_dim, width)  # its weight is the action head too
         self.embed_ln = nn.LayerNorm(width)
-        h, ln_f = nn.ModuleList(Block(block) for block in blocks), LAYER_NORMS[final_norm](width, eps=blocks[0].epsilon)
-        self.transformer = nn.ModuleDict(dict(drop=nn.Dropout(min(0.1, blocks[0].dropout)), h=h, ln_f=ln_f))
-        for name, weight in h.named_parameters():
-            if name.endswith("c_proj.weight"):  # the residual branches start small, as in GPT-2
-                nn.init.normal_(weight, std=0.02 / (2 * len(blocks)) ** 0.5)
+        self.transformer = nn.ModuleDict(
+            {
+                "drop": nn.Dropout(min(0.1, blocks[0].dropout)),
+                "h": nn.ModuleList([Block(config) for config in blocks]),
+                "ln_f": LAYER_NORMS[final_norm](width, eps=blocks[0].epsilon),
+            }
+        )
+        # The residual branches start small, the more so the more there are, as in GPT-2.
+        # [decision_transformer/models/trajectory_gpt2.py#L525]
+        for name, weight in self.transformer.h.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * len(blocks)))
 
     def embed(self, returns_to_go, states, actions, timesteps):
-        """Return the tokens R_1 s_1 a_1 R_2 s_2 a_2 ... that enter the first block, [batch, 3K, width]."""
-        with torch.autocast(states.device.type, enabled=False):  # bf16 has too few digits for a return
-            tokens = (self.embed_return(returns_to_go), self.embed_state(states), self.embed_action(actions))
-        tokens = self.embed_ln(torch.stack(tokens, dim=2))  # [batch, K, 3, width]
-        return self.transformer.drop((tokens + self.embed_timestep(timesteps).unsqueeze(2)).flatten(1, 2))
+        """The tokens R_1 s_1 a_1 R_2 s_2 a_2 ... that enter the first block, [batch, 3K, width]."""
+        # Not in bf16, where returns of 3.600 and 3.601 are the same number.
+        with torch.autocast(states.device.type, enabled=False):
+            return_tokens = self.embed_return(returns_to_go)
+            state_tokens = self.embed_state(states)
+            action_tokens = self.embed_action(actions)
+        tokens = torch.stack([return_tokens, state_tokens, action_tokens], dim=2)
+        # The time is added after the LayerNorm.
+        # [decision_transformer/models/decision_transformer.py#L165]
+        tokens = self.embed_ln(tokens) + self.embed_timestep(timesteps)[:, :, None]
+        tokens = tokens.flatten(1, 2)  # from [batch, K, 3, width]
+        return self.transformer.drop(tokens)
 
     def forward(self, returns_to_go, states, actions, timesteps):
-        """[batch, K, 1], [batch, K, state_dim], [batch, K, act_dim], [batch, K] to actions [batch, K, act_dim]."""
+        """Predicted actions [batch, K, act_dim], from inputs shaped as in Windows.
+
+        The K steps may be padded on the right and need no mask: attention is causal, so nothing
+        looks at the padding. The released code pads on the left and masks. [experiment.py#L223]
+        """
         x = self.embed(returns_to_go, states, actions, timesteps)
         for block in self.transformer.h:
             x = block(x)
-        at_states = self.transformer.ln_f(x)[:, 1::3].float()  # [batch, K, width]
-        with torch.autocast(states.device.type, enabled=False):  # in bf16 tanh is flat beyond 3.6
-            return torch.tanh(F.linear(at_states, self.embed_action.weight.T))
+        x = self.transformer.ln_f(x)
+        at_states = x[:, 1::3]  # the token of s_t predicts a_t: [batch, K, width]
+        # Not in bf16, where the tanh is flat beyond 3.6 and passes no gradient.
+        with torch.autocast(states.device.type, enabled=False):
+            # Input and output share one matrix: --share_input_output_proj of the released commands.
+            # [decision_transformer/models/decision_transformer.py#L110]
+            return torch.tanh(at_states.float() @ self.embed_action.weight)
 
 
-def load_model(path, device):
-    """Return the model of a checkpoint that any of the scripts has written, in evaluation mode, and the checkpoint."""
-    with or_stop(f"{path} is no checkpoint of these scripts, or is damaged"):
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        blocks = [BlockConfig(**config) for config in checkpoint["architecture"].pop("blocks")]
-        model = DecisionTransformer(blocks, **checkpoint["architecture"]).to(device)
-        model.load_state_dict(checkpoint["model"])
-    return model.eval(), checkpoint
-
-
-# ======================================================================================================================
+# ==================================================================================================
 # Backbones: where the Transformer starts
-# ======================================================================================================================
-SOURCES = {"gpt2": ("openai-community/gpt2", "text-gpt2"), "igpt": ("openai/imagegpt-small", "image-gpt")}
-SOURCES |= {"igpt-as-gpt2": SOURCES["igpt"]} | {name: (None, name) for name in ("markov", "markov-sharp")}
+# ==================================================================================================
+HUB_IDS = {
+    "gpt2": "openai-community/gpt2",
+    "igpt": "openai/imagegpt-small",
+    "igpt-as-gpt2": "openai/imagegpt-small",
+}
+BUNDLED = {  # what --sample takes instead, under tests/assets
+    "gpt2": "text-gpt2",
+    "igpt": "image-gpt",
+    "igpt-as-gpt2": "image-gpt",
+    "markov": "markov",
+}
+
+
+class Backbone(NamedTuple):
+    blocks: list[BlockConfig]
+    final_norm: str
+    weights: dict[str, torch.Tensor]  # by their names under model.transformer; none if random
+    pretrained: bool
+    source: str
 
 
 def load_backbone(args):
-    """Return block configurations, kind of the final LayerNorm, weights by name (none if random) and their source."""
+    """The Backbone that `args.backbone` names, downloaded if it is a hub id that is not cached."""
     if args.backbone in ("random", "random-gpt2"):
-        n_layer, n_embd, n_head = (4, 128, 4) if args.sample else (12, 768, 12)
-        n_head, activation = (1, "relu") if args.backbone == "random" else (n_head, "gelu_new")
-        block = BlockConfig(n_embd, n_head, 4 * n_embd, activation, dropout=args.dropout)
-        return [block] * n_layer, "gpt2", {}, f"seed {args.seed}"
+        return random_backbone(args)
+    if args.sample and args.backbone in BUNDLED:
+        source = str(ASSETS / BUNDLED[args.backbone])
+    elif args.backbone == "markov":
+        stop(
+            "markov is bundled for --sample only: make a larger one with "
+            "tests/tools/build_assets.py --what markov and give its folder."
+        )
+    else:
+        source = HUB_IDS.get(args.backbone, args.backbone)
 
-    hub_id, bundled = SOURCES.get(args.backbone, (args.backbone, None))
-    source = str(ASSETS / bundled) if args.sample and bundled else hub_id
-    if source is None:
-        stop(f"{args.backbone} is on no hub: make one by tests/build_assets.py --what markov and give its folder.")
     config, weights = read_pretrained(source)
-    layer_norm = "gpt2" if args.backbone == "igpt-as-gpt2" else config.model_type  # its new bias starts at zero
-    n_inner = config.n_inner or 4 * config.n_embd
-    norm = dict(layer_norm=layer_norm, epsilon=config.layer_norm_epsilon)
-    block = BlockConfig(config.n_embd, config.n_head, n_inner, config.activation_function, **norm, dropout=args.dropout)
-    return [block] * config.n_layer, layer_norm, weights, source
+    layer_norm = "rmsnorm" if config.model_type == "imagegpt" else "layernorm"
+    if args.backbone == "igpt-as-gpt2":
+        # The released code puts ImageGPT's weights into GPT-2's blocks, whose LayerNorm subtracts
+        # the mean and adds a bias, new and zero.
+        # [decision_transformer/models/decision_transformer.py#L46]
+        layer_norm = "layernorm"
+    block = BlockConfig(
+        n_embd=config.n_embd,
+        n_head=config.n_head,
+        n_inner=config.n_inner or 4 * config.n_embd,
+        activation=config.activation_function,
+        layer_norm=layer_norm,
+        epsilon=config.layer_norm_epsilon,
+        dropout=args.dropout,
+    )
+    return Backbone([block] * config.n_layer, layer_norm, weights, True, source)
+
+
+def random_backbone(args):
+    """A random Transformer of GPT-2 small's size, or of the bundled GPT-2's."""
+    n_layer, n_embd, n_head = (4, 128, 4) if args.sample else (12, 768, 12)
+    activation = "gelu_new"
+    if args.backbone == "random":
+        # The paper's control is not GPT-2's architecture. [experiment.py#L469]
+        n_head = 1
+        activation = "relu"
+    block = BlockConfig(n_embd, n_head, 4 * n_embd, activation, dropout=args.dropout)
+    return Backbone([block] * n_layer, "layernorm", {}, False, f"seed {args.seed}")
 
 
 def read_pretrained(source):
-    """Return configuration and weights [dict] of a GPT-2 or ImageGPT in a folder, in the hub's cache or on the hub."""
-    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # no background request to convert .bin files
-    from transformers import AutoConfig, GPT2Model, ImageGPTModel, logging  # here, because it takes seconds
+    """Configuration and weights of a GPT-2 or ImageGPT in a folder, in the hub's cache, on the hub.
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    takes = (
-        f"{', '.join(SOURCES)}, random, random-gpt2, or the hub id or folder of a GPT-2 or ImageGPT; or try --sample"
+    Word and position embeddings are left out.
+    """
+    # The import takes seconds, and the request to convert .bin files would go to the hub.
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    model_classes = {"gpt2": transformers.GPT2Model, "imagegpt": transformers.ImageGPTModel}
+    hint = (
+        f"--backbone takes {', '.join(HUB_IDS)}, random, random-gpt2, or the hub id or folder of a "
+        "GPT-2 or ImageGPT; or try --sample"
     )
-    with or_stop(f"the backbone {source} cannot be loaded, --backbone takes {takes}"):
-        config = AutoConfig.from_pretrained(source)
-        assert config.model_type in LAYER_NORMS, f"it is a {config.model_type}"
-        assert config.activation_function in ACTIVATIONS, f"its activation {config.activation_function} is unknown"
-        assert config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx, "it scales attention otherwise"
-        model_class = GPT2Model if config.model_type == "gpt2" else ImageGPTModel
-        options = dict(config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
-        model, report = model_class.from_pretrained(source, **options)
-        wrong = [*report["missing_keys"], *report["mismatched_keys"], *report["unexpected_keys"]]
-        wrong = [x for x in wrong if not str(x).endswith(("lm_head.weight", ".attn.bias", ".attn.masked_bias"))]
-        assert not wrong, f"missing, misshapen or unknown are {wrong[:3]}"  # old checkpoints' masks are no weights
-    weights = {name: value for name, value in model.state_dict().items() if not name.startswith(("wte.", "wpe."))}
+    try:
+        config = transformers.AutoConfig.from_pretrained(source)
+    except Exception as error:
+        stop(f"The backbone {source} cannot be loaded, {first_line(error)}; {hint}.")
+    if config.model_type not in model_classes:
+        stop(f"The backbone {source} is a {config.model_type}; {hint}.")
+    if config.activation_function not in ACTIVATIONS:
+        stop(f"The activation {config.activation_function} of {source} is none of ACTIVATIONS.")
+    if not config.scale_attn_weights or config.scale_attn_by_inverse_layer_idx:
+        stop(f"The backbone {source} scales its attention in a way that is not implemented here.")
+
+    try:
+        model, report = model_classes[config.model_type].from_pretrained(
+            source,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported, and refused below
+        )
+    except Exception as error:
+        stop(f"The backbone {source} cannot be loaded, {first_line(error)}; {hint}.")
+    wrong_keys = [*report["missing_keys"], *report["mismatched_keys"]]
+    for key in report["unexpected_keys"]:
+        # Old checkpoints keep the causal mask of each block among their weights; the word head is
+        # not used here.
+        if not key.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
+            wrong_keys.append(key)
+    if wrong_keys:
+        stop(f"In the backbone {source} these are missing, misshapen or unknown: {wrong_keys[:3]}.")
+
+    weights = {}
+    for name, weight in model.state_dict().items():
+        if not name.startswith(("wte.", "wpe.")):
+            weights[name] = weight
     return config, weights
 
 
-# ======================================================================================================================
+def load_model(path, device):
+    """The model of a checkpoint that any of the scripts has written, in evaluation mode."""
+    checkpoint = read_checkpoint(path, device)
+    architecture = dict(checkpoint["architecture"])
+    blocks = [BlockConfig(**config) for config in architecture.pop("blocks")]
+    model = DecisionTransformer(blocks, **architecture).to(device)
+    model.load_state_dict(checkpoint["model"])
+    return model.eval()
+
+
+def read_checkpoint(path, device):
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        stop(f"{path} is missing or damaged, {first_line(error)}.")
+    if not isinstance(checkpoint, dict) or "architecture" not in checkpoint:
+        stop(f"{path} is no checkpoint of these scripts.")
+    return checkpoint
+
+
+# ==================================================================================================
+# Data: episodes from Minari or D4RL, and windows of K steps
+# ==================================================================================================
+class Task(NamedTuple):
+    dataset: str
+    target_return: float  # [experiment.py#L101]; the released code also asks for half of it
+    random_return: float  # D4RL's reference returns, between which scores are normalized
+    expert_return: float
+
+
+TASKS = {
+    "Hopper": Task("mujoco/hopper/medium-v0", 3600, -20.272305, 3234.3),
+    "HalfCheetah": Task("mujoco/halfcheetah/medium-v0", 6000, -280.178953, 12135.0),
+    "Walker2d": Task("mujoco/walker2d/medium-v0", 5000, 1.629008, 4592.3),
+}
+RETURN_SCALE = 1000  # returns-to-go are divided by this before they enter the model
+
+
+class Episode(NamedTuple):
+    observations: np.ndarray  # [T, state_dim]
+    actions: np.ndarray  # [T, act_dim]
+    rewards: np.ndarray  # [T]
+
+
+class Windows(NamedTuple):
+    """K consecutive steps each; what lies beyond the end of an episode is zero and not valid."""
+
+    returns_to_go: torch.Tensor  # [batch, K, 1]
+    states: torch.Tensor  # [batch, K, state_dim], normalized
+    actions: torch.Tensor  # [batch, K, act_dim]
+    timesteps: torch.Tensor  # [batch, K], counted from the beginning of the episode
+    valid: torch.Tensor  # [batch, K], bool
+
+
+def read_d4rl(path):
+    """The episodes of a D4RL file. What follows the last end of an episode is left out.
+
+    [data/download_d4rl_datasets.py#L41]
+    """
+    with h5py.File(path) as file:
+        observations = file["observations"][()]
+        actions = file["actions"][()]
+        rewards = file["rewards"][()]
+        last_steps = file["terminals"][()].astype(bool) | file["timeouts"][()].astype(bool)
+    if not len(observations) == len(actions) == len(rewards) == len(last_steps):
+        stop(f"The columns of {path} differ in length.")
+    ends = np.flatnonzero(last_steps) + 1
+    episodes = []
+    for start, end in zip([0, *ends[:-1]], ends):
+        episodes.append(Episode(observations[start:end], actions[start:end], rewards[start:end]))
+    return episodes
+
+
+def read_minari(dataset):
+    """The episodes of a Minari data set, downloaded if it is not there."""
+    bundled = ASSETS / "minari" / dataset / "data"
+    if bundled.exists():
+        minari_dataset = minari.MinariDataset(bundled)
+    else:
+        minari_dataset = minari.load_dataset(dataset, download=True)
+    episodes = []
+    for episode in minari_dataset.iterate_episodes():
+        # Minari also keeps the observation after the last action.
+        observations = episode.observations[: len(episode.actions)]
+        episodes.append(Episode(observations, episode.actions, episode.rewards))
+    return episodes
+
+
+def load_episodes(args, env):
+    """The episodes of `args.dataset`, checked against the environment that they are meant for.
+
+    All are kept. The released code drops the one of lowest return by a `<`. [experiment.py#L172]
+    """
+    name = f"--dataset {args.dataset}"
+    try:
+        if args.dataset.endswith(".hdf5"):
+            episodes = read_d4rl(args.dataset)
+        else:
+            episodes = read_minari(args.dataset)
+    except Exception as error:
+        stop(
+            f"{name} cannot be read, {first_line(error)}; it takes a D4RL .hdf5 file, or a Minari "
+            "id that is under MINARI_DATASETS_PATH or on the server; or try --sample."
+        )
+    if not episodes:
+        stop(f"{name} has no episode.")
+    state_shape = env.single_observation_space.shape
+    action_shape = env.single_action_space.shape
+    for episode in episodes:
+        length = len(episode.rewards)
+        if length == 0:
+            stop(f"{name} has an episode without a step.")
+        if len(episode.observations) != length or len(episode.actions) != length:
+            stop(f"{name} has an episode whose columns differ in length.")
+        if episode.observations.shape[1:] != state_shape:
+            found = episode.observations.shape[1:]
+            stop(f"{name} has observations of shape {found}, {args.env} has {state_shape}.")
+        if episode.actions.shape[1:] != action_shape:
+            stop(f"{name} has actions of shape {episode.actions.shape[1:]}, not {action_shape}.")
+        if episode.rewards.ndim != 1:
+            stop(f"{name} has rewards of shape {episode.rewards.shape[1:]}, not one number a step.")
+        for column in episode:
+            if column.dtype.kind not in "fiu":
+                stop(f"{name} holds {column.dtype} where numbers are expected.")
+            if not np.isfinite(column).all():
+                stop(f"{name} has numbers that are not finite.")
+    return episodes
+
+
+class OfflineData:
+    """The N transitions of all episodes, one after the other, as tensors on the device."""
+
+    def __init__(self, episodes, device):
+        lengths = [len(episode.rewards) for episode in episodes]
+        observations = np.concatenate([episode.observations for episode in episodes])
+        actions = np.concatenate([episode.actions for episode in episodes])
+        mean = observations.mean(axis=0, dtype=np.float64)
+        std = observations.std(axis=0, dtype=np.float64) + 1e-6  # [experiment.py#L151]
+        returns_to_go = []
+        for episode in episodes:
+            rewards = episode.rewards.astype(np.float64)
+            returns_to_go.append(rewards[::-1].cumsum()[::-1])  # undiscounted
+        returns_to_go = np.concatenate(returns_to_go) / RETURN_SCALE
+        timesteps = np.concatenate([np.arange(length) for length in lengths])
+        episode_ends = np.repeat(np.cumsum(lengths), lengths)
+
+        def float_tensor(values):
+            return torch.as_tensor(np.float32(values), device=device)
+
+        self.state_mean = float_tensor(mean)  # [state_dim]
+        self.state_std = float_tensor(std)  # [state_dim]
+        self.states = float_tensor((observations - mean) / std)  # [N, state_dim]
+        self.actions = float_tensor(actions)  # [N, act_dim]
+        self.returns_to_go = float_tensor(returns_to_go[:, None])  # [N, 1]
+        self.timesteps = torch.as_tensor(timesteps, device=device)  # [N]
+        # [N], of each transition the index behind the last one of its episode
+        self.episode_ends = torch.as_tensor(episode_ends, device=device)
+
+    def windows(self, starts, context_length):
+        """The Windows of K steps from the transitions `starts` [batch] on, by an index lookup.
+
+        The released code cuts one after the other and sums its return-to-go up anew.
+        [experiment.py#L199]
+        """
+        index = starts[:, None] + torch.arange(context_length, device=starts.device)  # [batch, K]
+        valid = index < self.episode_ends[starts][:, None]
+        index = torch.where(valid, index, 0)
+        return Windows(
+            returns_to_go=self.returns_to_go[index] * valid[..., None],
+            states=self.states[index] * valid[..., None],
+            actions=self.actions[index] * valid[..., None],
+            timesteps=self.timesteps[index] * valid,
+            valid=valid,
+        )
+
+
+# ==================================================================================================
 # Evaluation
-# ======================================================================================================================
+# ==================================================================================================
+# The paper used -v3, which gymnasium no longer has; -v4 is the same but for bug fixes.
+warnings.filterwarnings("ignore", message=".*is out of date.*")
+
+
+def make_env(args, num_copies, **options):
+    """A gymnasium vector environment of `num_copies` copies of `args.env`."""
+    try:
+        env = gym.make_vec(args.env, num_copies, vectorization_mode="sync", **options)
+    except Exception as error:
+        stop(f"The environment {args.env} cannot be made, {first_line(error)}.")
+    space = env.single_action_space
+    is_unit_box = isinstance(space, gym.spaces.Box) and (np.abs([space.low, space.high]) == 1).all()
+    if not is_unit_box:
+        stop(f"{args.env} has actions {space}; the model's are continuous, from -1 to 1.")
+    return env
+
+
 def autocast(args, device):
-    """Matrix products in bf16 where `args.precision` says so; weights, gradients and optimizer stay float32."""
-    cpu_has_bf16 = torch.cpu.get_capabilities().get("avx512_bf16")  # without it, bf16 is slower than float32
-    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bf16
-    enabled = args.precision == "bf16" or bool(args.precision == "auto" and native)
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    """Matrix products in bf16 if `args.precision` says so; all else stays in float32."""
+    if args.precision == "auto" and device.type == "cuda":
+        use_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif args.precision == "auto":  # without these instructions bf16 is slower than float32
+        use_bf16 = bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+    else:
+        use_bf16 = args.precision == "bf16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16)
 
 
 @torch.no_grad()
-def evaluate(model, env, data, args):
-    """Play one episode in each copy of `env`, started with `args.seed` and the numbers after it.
+def evaluate(model, env, state_mean, state_std, args):
+    """Play one episode in each copy of `env`, all at once, seeded args.seed, args.seed + 1, ...
 
-    Returns the episodes' undiscounted returns and lengths in steps, both [episodes]. As in the Decision Transformer's
-    evaluation, the return-to-go starts at `args.target_return`, falls by each reward, and the model sees K steps.
+    Returns the undiscounted returns and the lengths of the episodes, both [episodes]. The model is
+    asked for `args.target_return`, which then falls by each reward, and sees the last K steps.
+    [decision_transformer/evaluation/evaluate_episodes.py#L112] plays one episode at a time.
     """
     model.eval()
-    device, n, K = data.state_mean.device, env.num_envs, args.context_length
+    device = state_mean.device
+    num_episodes = env.num_envs
     horizon = env.spec.max_episode_steps or 1000
-    returns_to_go = torch.zeros(n, horizon + 1, 1, device=device)
-    states = torch.zeros(n, horizon, *env.single_observation_space.shape, device=device)
-    actions = torch.zeros(n, horizon, *env.single_action_space.shape, device=device)  # zero until they are predicted
-    timesteps = torch.arange(horizon, device=device).clamp(max=model.embed_timestep.num_embeddings - 1).expand(n, -1)
-    returns, lengths, running = np.zeros(n), np.zeros(n, dtype=int), np.ones(n, dtype=bool)
+    state_dim = env.single_observation_space.shape[0]
+    act_dim = env.single_action_space.shape[0]
+
+    returns_to_go = torch.zeros(num_episodes, horizon + 1, 1, device=device)
+    states = torch.zeros(num_episodes, horizon, state_dim, device=device)
+    actions = torch.zeros(num_episodes, horizon, act_dim, device=device)  # a_t is 0 until predicted
+    timesteps = torch.arange(horizon, device=device)
+    timesteps = timesteps.clamp(max=model.embed_timestep.num_embeddings - 1)
+    timesteps = timesteps.expand(num_episodes, -1)
+    episode_returns = np.zeros(num_episodes)
+    episode_lengths = np.zeros(num_episodes, dtype=int)
+    running = np.ones(num_episodes, dtype=bool)
 
     observations, _ = env.reset(seed=args.seed)
     returns_to_go[:, 0] = args.target_return / RETURN_SCALE
     for t in tqdm(range(horizon), desc="evaluation", unit="step", leave=False):
         observations = torch.as_tensor(observations, dtype=torch.float32, device=device)
-        states[:, t] = (observations - data.state_mean) / data.state_std
-        rows, window = torch.as_tensor(running.nonzero()[0], device=device), slice(max(0, t - K + 1), t + 1)
+        states[:, t] = (observations - state_mean) / state_std
+        rows = torch.as_tensor(np.flatnonzero(running), device=device)
+        context = slice(max(0, t - args.context_length + 1), t + 1)
         with autocast(args, device):
-            predicted = model(*(x[rows, window] for x in (returns_to_go, states, actions, timesteps)))
+            predicted = model(
+                returns_to_go[rows, context],
+                states[rows, context],
+                actions[rows, context],
+                timesteps[rows, context],
+            )
         actions[rows, t] = predicted[:, -1].float()
-        # Copies that are done go on until all are; what they still do is not counted.
+
+        # Copies that are done go on until all are; what they do from then on is not counted.
         observations, rewards, terminated, truncated, _ = env.step(actions[:, t].cpu().numpy())
-        returns += rewards * running
-        lengths += running
-        rewards = torch.as_tensor(rewards / RETURN_SCALE).float().to(device)
-        returns_to_go[:, t + 1, 0] = returns_to_go[:, t, 0] - rewards
+        episode_returns += rewards * running
+        episode_lengths += running
+        scaled_rewards = torch.as_tensor(np.float32(rewards / RETURN_SCALE), device=device)
+        returns_to_go[:, t + 1, 0] = returns_to_go[:, t, 0] - scaled_rewards
         running &= ~(terminated | truncated)
         if not running.any():
             break
-    return returns, lengths
+    return episode_returns, episode_lengths
 
 
 def normalized_score(env_id, episode_return):
-    """D4RL's score: 0 for a random policy, 100 for an expert; nan where those are not known."""
-    *_, random, expert = TASKS.get(env_id.rsplit("-v", 1)[0], (math.nan, math.nan))
-    return 100 * (episode_return - random) / (expert - random)
+    """D4RL's score: 0 for a random policy, 100 for an expert; nan where these are not known.
+
+    The paper normalizes by the mean returns of D4RL's random and expert data sets instead, so that
+    its scores are on another scale.
+    [analysis/section-4-sanity-check/compute_normalized_score.py#L48]
+    """
+    task = TASKS.get(env_id.rsplit("-v", 1)[0])
+    if task is None:
+        return math.nan
+    return 100 * (episode_return - task.random_return) / (task.expert_return - task.random_return)
 
 
-# ======================================================================================================================
+def bootstrap_interval(episode_returns, rng):
+    """95 % confidence interval of the mean return over the episodes of one evaluation."""
+    resampled = rng.choice(episode_returns, size=(10_000, len(episode_returns)))
+    low, high = np.percentile(resampled.mean(axis=1), [2.5, 97.5])
+    return low.item(), high.item()
+
+
+# ==================================================================================================
 # Training
-# ======================================================================================================================
-METRICS = ("loss", "saturated_fraction", "grad_norm", "clipped_fraction")  # of one training step
+# ==================================================================================================
+METRICS = ("loss", "saturated_fraction", "grad_norm", "clipped_fraction")  # of each training step
 
 
-def training_loss(model, windows, num_valid):
-    """Mean squared error, and share of predictions beyond ±0.99 (saturated tanh), over the `num_valid` valid steps."""
-    returns_to_go, states, actions, timesteps, valid = windows
-    predicted = model(returns_to_go, states, actions, timesteps).float()
-    weight = valid.unsqueeze(-1) / (num_valid * actions.shape[-1])
-    loss = ((predicted - actions).square() * weight).sum()
-    saturated = ((predicted.detach().abs() > 0.99) * weight).sum()
-    return loss, saturated
+class Run(NamedTuple):
+    """A training run, as it ended or as it was read from its folder."""
+
+    folder: Path
+    args: dict
+    records: list[dict]  # one per epoch, the first being before training
+    history: list[dict]  # means of METRICS, 25 times per epoch
 
 
-def training_step(loss_function, model, optimizer, data, args, starts):
-    """Make one step on the windows that begin at `starts` [batch]; returns its METRICS [4] without waiting for them."""
-    max_grad_norm = args.max_grad_norm or math.inf
-    num_valid = (data.episode_ends[starts] - starts).clamp(max=args.context_length).sum()
-    windows = data.windows(starts.chunk(WORLD_SIZE)[RANK], args.context_length)
-    with autocast(args, starts.device):
-        loss, saturated = loss_function(model, windows, num_valid)
-    optimizer.zero_grad()
-    (loss * WORLD_SIZE).backward()  # DistributedDataParallel takes the mean over processes, the loss is a sum
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-    optimizer.step()
-    sums = torch.stack([loss.detach(), saturated])
-    if WORLD_SIZE > 1:  # as the gradient, which is everyone's already
-        torch.distributed.all_reduce(sums)
-    return torch.stack([*sums, grad_norm, (grad_norm > max_grad_norm).float()])
+def training_loss(model, windows):
+    """Mean squared error of the actions, and the share of them beyond ±0.99, where tanh is flat.
 
-
-class RecordedStep:
-    """Record `step`(starts) in a CUDA graph and replay it: no waiting for Python, and new dropout with each replay."""
-
-    def __init__(self, step):
-        self.step, self.calls, self.graph = step, 0, torch.cuda.CUDAGraph()
-
-    def __call__(self, starts):
-        self.calls += 1
-        if self.calls <= 5:  # warm up on a side stream, as a capture wants it
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                metrics = self.step(starts)
-            torch.cuda.current_stream().wait_stream(side)
-            return metrics
-        if self.calls == 6:
-            self.starts = starts.clone()
-            with torch.cuda.graph(self.graph):
-                self.metrics = self.step(self.starts)
-        self.starts.copy_(starts)
-        self.graph.replay()
-        return self.metrics
+    Both are means over the valid steps and the action dimensions.
+    """
+    predicted = model(windows.returns_to_go, windows.states, windows.actions, windows.timesteps)
+    valid = windows.valid[..., None].expand_as(predicted)  # [batch, K, act_dim]
+    squared_error = (predicted - windows.actions).square()
+    loss = (squared_error * valid).sum() / valid.sum()
+    is_saturated = predicted.detach().abs() > 0.99
+    saturated_fraction = (is_saturated & valid).sum() / valid.sum()
+    return loss, saturated_fraction
 
 
 def find_device(args):
-    """Return the device that is asked for; where torchrun has started several processes, join them."""
+    """The device that `args.device` names; under torchrun each process gets a GPU of its own."""
     if WORLD_SIZE > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group(timeout=timedelta(hours=12))  # the first one evaluates, the others wait
-    name = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+        # The first process evaluates while the others wait.
+        torch.distributed.init_process_group(timeout=timedelta(hours=12))
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = torch.device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
 
 
-def train(args, folder, load=load_backbone):
-    """Train and evaluate as `args` say, going on from `folder`/latest.pt if it is there.
-
-    Leaves TensorBoard events, checkpoints and summary.json in `folder`. The windows and the dropout of an epoch follow
-    from the seed and the epoch's number alone: a run that was interrupted gives the numbers of one that was not.
-    """
-    device = find_device(args)
-    env = make_env(args, args.num_eval_episodes)
-    data = OfflineData(args, env, device)
-    max_timestep = max(1000, env.spec.max_episode_steps or 0, int(data.timesteps.max()) + 1)
+def make_model(args, backbone, state_dim, act_dim, max_timestep):
+    """The Decision Transformer before fine-tuning: `backbone`, and the rest drawn from the seed."""
     torch.manual_seed(args.seed)
-    blocks, final_norm, weights, source = load(args)
-    model = DecisionTransformer(blocks, final_norm, data.states.shape[1], data.actions.shape[1], max_timestep)
-    model.transformer.load_state_dict(model.transformer.state_dict() | weights)
-    start = dict(step=0, records=[], history=[])  # one record per epoch, one line of history per logging interval
-    if (folder / "latest.pt").exists():
-        model, start = load_model(folder / "latest.pt", device)
-    step, records, history = start["step"], start["records"], start["history"]
+    model = DecisionTransformer(
+        backbone.blocks, backbone.final_norm, state_dim, act_dim, max_timestep
+    )
+    weights = model.transformer.state_dict()
+    weights.update(backbone.weights)
+    model.transformer.load_state_dict(weights)
+    if args.head_std is not None:
+        # nn.Linear draws this weight for act_dim inputs, not for the `width` inputs that it has as
+        # the action head: the final LayerNorm gives 768 numbers of variance 1, the tanh sees a
+        # standard deviation of 9 on Hopper, and nearly no gradient passes.
+        nn.init.normal_(model.embed_action.weight, std=args.head_std)
+    return model
 
-    model.to(device)
-    epsilon = 1e-6 if "ln_f.weight" in weights else 1e-8  # as in the reference, where one replaced block does not count
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, eps=epsilon, fused=True)
-    if records:
-        optimizer.load_state_dict(start["optimizer"])
-    learning_rate = torch.tensor(args.learning_rate, device=device)  # a tensor, so that a CUDA graph reads it anew
-    optimizer.param_groups[0].update(lr=learning_rate, capturable=device.type == "cuda")
-    trained = nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
-    torch._dynamo.reset()  # or the ninth model of a study would run uncompiled
-    loss_function = torch.compile(training_loss) if device.type == "cuda" else training_loss
-    step_function = partial(training_step, loss_function, trained, optimizer, data, args)
-    if device.type == "cuda" and WORLD_SIZE == 1:
-        step_function = RecordedStep(step_function)
+
+def train(args, folder, backbone, device):
+    """Fine-tune `backbone` as `args` say, or go on where the run in `folder` stopped.
+
+    Leaves checkpoints, TensorBoard events and summary.json in `folder`, and returns the Run.
+    """
+    env = make_env(args, args.num_eval_episodes)
+    data = OfflineData(load_episodes(args, env), device)
+    longest_episode = int(data.timesteps.max()) + 1
+    model = make_model(
+        args,
+        backbone,
+        state_dim=data.states.shape[1],
+        act_dim=data.actions.shape[1],
+        max_timestep=max(1000, longest_episode, env.spec.max_episode_steps or 0),
+    ).to(device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=args.learning_rate,
+        weight_decay=args.weight_decay,
+        eps=1e-6 if backbone.pretrained else 1e-8,  # [utils.py#L60]
+        fused=True,
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda steps_done: min((steps_done + 1) / max(1, args.warmup_steps), 1)
+    )  # [experiment.py#L400]
+    max_grad_norm = args.max_grad_norm or math.inf  # 0 switches clipping off
+
+    step = 0
+    records = []
+    history = []
+    open_folder(folder, args)
+    if (folder / "latest.pt").exists():
+        checkpoint = read_checkpoint(folder / "latest.pt", device)
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scheduler.load_state_dict(checkpoint["scheduler"])
+        step = checkpoint["step"]
+        records = checkpoint["records"]
+        history = checkpoint["history"]
+
+    trained_model = model
+    if args.compile:
+        trained_model = torch.compile(trained_model, mode="reduce-overhead")  # CUDA graphs
+    if WORLD_SIZE > 1:
+        # Each process trains on windows of its own, and their gradients are averaged. This mean of
+        # means gives a padded window slightly more weight than one mean over all steps would.
+        trained_model = nn.parallel.DistributedDataParallel(trained_model)
 
     if RANK == 0:
-        print(f"\n{folder}: weights from {source}, {len(data.states):,} steps of {args.dataset}")
+        print(f"\n{folder}: weights from {backbone.source}, {len(data.states):,} steps of data")
+        if len(records) > args.num_epochs:
+            print(f"{folder} is finished; a higher --num-epochs would go on with it.")
+        elif records:
+            print(f"{folder} goes on after epoch {len(records) - 1}.")
         writer = SummaryWriter(folder, purge_step=step + 1, flush_secs=10)
         rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
         writer.add_text("hyperparameters", "\n".join(["|argument|value|", "|-|-|", *rows]))
-    log_interval = max(1, args.steps_per_epoch // 25)
 
-    for epoch in range(len(records), args.num_epochs + 1):  # epoch 0 only evaluates: the model before fine-tuning
-        started = time.perf_counter()
-        num_steps = args.steps_per_epoch if epoch else 0
-        rng = np.random.default_rng([args.seed, epoch])
-        starts = torch.as_tensor(rng.integers(len(data.states), size=(num_steps, args.batch_size)), device=device)
-        torch.manual_seed(int(rng.integers(2**60)) + RANK)  # dropout
+    for epoch in range(len(records), args.num_epochs + 1):  # epoch 0 is the model before training
+        epoch_started = time.perf_counter()
+        num_steps = args.steps_per_epoch if epoch > 0 else 0
+        # All chance in an epoch follows from the seed and the epoch's number alone, so that a run
+        # that was interrupted gives the numbers of one that was not.
+        rng = np.random.default_rng([args.seed, epoch, RANK])
+        torch.manual_seed(int(rng.integers(2**60)))  # for dropout
+        # A start drawn from all transitions: the longer the episode, the likelier.
+        shape = (num_steps, args.batch_size // WORLD_SIZE)
+        epoch_starts = torch.as_tensor(rng.integers(len(data.states), size=shape), device=device)
         metrics = torch.zeros(num_steps, len(METRICS), device=device)
+        log_interval = max(1, args.steps_per_epoch // 25)
+        num_logged = 0
+
         model.train()
-        bar = tqdm(starts, desc=f"epoch {epoch}/{args.num_epochs}", unit="step", disable=RANK > 0 or epoch == 0)
-        for i, batch in enumerate(bar):
+        progress = tqdm(
+            epoch_starts,
+            desc=f"epoch {epoch}/{args.num_epochs}",
+            unit="step",
+            disable=RANK > 0 or epoch == 0,
+        )
+        for i, window_starts in enumerate(progress):
+            windows = data.windows(window_starts, args.context_length)
+            with autocast(args, device):
+                loss, saturated_fraction = training_loss(trained_model, windows)
+            loss.backward()
+            # Shorten the gradient of all parameters together; this is its norm before that.
+            # [decision_transformer/training/seq_trainer.py#L84]
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
             step += 1
-            learning_rate.fill_(args.learning_rate * min(step / max(args.warmup_steps, 1), 1))
-            metrics[i] = step_function(batch)
+
+            # Metrics stay on the device; to read them here would wait for it in every step.
+            clipped = (grad_norm > max_grad_norm).float()
+            metrics[i] = torch.stack([loss.detach(), saturated_fraction, grad_norm, clipped])
             if RANK == 0 and ((i + 1) % log_interval == 0 or i + 1 == num_steps):
-                means = metrics[i // log_interval * log_interval : i + 1].mean(0).tolist()  # waits for the device
+                means = metrics[num_logged : i + 1].mean(dim=0).tolist()
+                num_logged = i + 1
                 if not np.isfinite(means).all():
-                    stop(f"loss or gradient is not finite at step {step}; try a lower --learning-rate.")
-                bar.set_postfix(loss=f"{means[0]:.4f}", refresh=False)
-                history.append(dict(zip(METRICS, means), step=step))
+                    stop(f"The loss is not finite at step {step}; try a lower --learning-rate.")
+                progress.set_postfix(loss=f"{means[0]:.4f}", refresh=False)
+                history.append({"step": step, **dict(zip(METRICS, means))})
                 for name, value in zip(METRICS, means):
                     writer.add_scalar(f"train/{name}", value, step)
         if RANK > 0:
             continue  # the first process evaluates and writes
 
-        returns, lengths = evaluate(model, env, data, args)
+        returns, lengths = evaluate(model, env, data.state_mean, data.state_std, args)
         mean_return = returns.mean().item()
-        low, high = np.percentile(rng.choice(returns, (10_000, len(returns))).mean(axis=1), (2.5, 97.5))  # bootstrap
-        record = dict(epoch=epoch, step=step, **dict(zip(METRICS, metrics.mean(0).tolist())))  # nan in epoch 0
-        record |= dict(return_mean=mean_return, return_low=low.item(), return_high=high.item())
-        record |= dict(length_mean=lengths.mean().item(), normalized_score=normalized_score(args.env, mean_return))
-        records.append(record | dict(seconds=time.perf_counter() - started))
+        return_low, return_high = bootstrap_interval(returns, rng)
+        record = {
+            "epoch": epoch,
+            "step": step,
+            # Means over the epoch, nan before training. The paper's "action error" is the loss of
+            # an epoch's last batch alone. [decision_transformer/training/seq_trainer.py#L88]
+            **dict(zip(METRICS, metrics.mean(dim=0).tolist())),
+            "return_mean": mean_return,
+            "return_low": return_low,
+            "return_high": return_high,
+            "length_mean": lengths.mean().item(),
+            "normalized_score": normalized_score(args.env, mean_return),
+            "seconds": time.perf_counter() - epoch_started,
+        }
+        records.append(record)
         for name in ("return_mean", "length_mean", "normalized_score"):
             writer.add_scalar(f"eval/{name}", record[name], step)
-        tqdm.write(f"epoch {epoch}: return {mean_return:.1f}, 95 % interval {low:.1f} to {high:.1f}")
+        tqdm.write(
+            f"epoch {epoch}: return {mean_return:.1f}, "
+            f"95 % interval {return_low:.1f} to {return_high:.1f}"
+        )
 
-        checkpoint = dict(epoch=epoch, step=step, args=asdict(args), architecture=model.architecture)
-        checkpoint |= dict(model=model.state_dict(), state_mean=data.state_mean, state_std=data.state_std)
+        checkpoint = {
+            "args": asdict(args),
+            "epoch": epoch,
+            "step": step,
+            "architecture": model.architecture,
+            "model": model.state_dict(),
+            "state_mean": data.state_mean,
+            "state_std": data.state_std,
+        }
         if epoch in args.save_epochs or epoch == args.num_epochs:
-            save(folder / f"epoch_{epoch}.pt", partial(torch.save, checkpoint))
-        if epoch > 0 and mean_return >= max(record["return_mean"] for record in records[1:]):
-            save(folder / "best.pt", partial(torch.save, checkpoint))
-        checkpoint |= dict(optimizer=optimizer.state_dict(), records=records, history=history)
-        save_json(folder / "summary.json", dict(args=asdict(args), source=source, epochs=records, history=history))
-        save(folder / "latest.pt", partial(torch.save, checkpoint))
+            save_checkpoint(folder / f"epoch_{epoch}.pt", checkpoint)
+        if epoch > 0 and mean_return >= max(r["return_mean"] for r in records[1:]):
+            save_checkpoint(folder / "best.pt", checkpoint)
+        save_json(
+            folder / "summary.json",
+            {
+                "args": asdict(args),
+                "source": backbone.source,
+                "epochs": records,
+                "history": history,
+            },
+        )
+        # Last, and with all that it takes to go on: where this file is whole, so are the others.
+        checkpoint["optimizer"] = optimizer.state_dict()
+        checkpoint["scheduler"] = scheduler.state_dict()
+        checkpoint["records"] = records
+        checkpoint["history"] = history
+        save_checkpoint(folder / "latest.pt", checkpoint)
+    return Run(folder, asdict(args), records, history)
 
 
-# ======================================================================================================================
-# Activations: what every layer says about a window
-# ======================================================================================================================
+# ==================================================================================================
+# Study: one training run for each backbone
+# ==================================================================================================
+def train_study(args, folder, device):
+    """Fine-tune each backbone; returns the Runs."""
+    backbones = {}
+    for name in args.backbones:  # all before any training: a wrong name should cost nothing
+        backbones[name] = load_backbone(replace(args, backbone=name))
+    runs = []
+    for name, backbone in backbones.items():
+        run_args = replace(args, backbone=name)
+        runs.append(train(run_args, folder / Path(name).name, backbone, device))
+    return runs
+
+
+def choose_windows(data, context_length, args):
+    """Whole windows at random: for CKA, and for MINE to be trained on and to be held out.
+
+    Held-out windows come from other episodes than those that MINE is trained on: windows of one
+    episode overlap.
+    """
+    starts = torch.arange(len(data.states))
+    ends = data.episode_ends.cpu()
+    is_whole = starts + context_length <= ends
+    episode = torch.unique(ends, return_inverse=True)[1]  # number of each transition's episode
+    is_held_out = episode % 2 == 1
+    rng = np.random.default_rng(args.seed)
+
+    def draw(allowed, count):
+        if allowed.sum() < count:
+            stop(f"There are {allowed.sum()} whole windows, not {count}: lower --mine-windows.")
+        chosen = rng.choice(starts[allowed], count, replace=False)
+        return data.windows(torch.as_tensor(chosen, device=data.states.device), context_length)
+
+    cka_windows = draw(is_whole, args.cka_windows)
+    training_windows = draw(is_whole & ~is_held_out, args.mine_windows)
+    held_out_windows = draw(is_whole & is_held_out, args.mine_windows)
+    return cka_windows, training_windows, held_out_windows
+
+
+# ==================================================================================================
+# Activations
+# ==================================================================================================
 TOKENS = ("return", "state", "action")  # the three tokens of a time step, in their order
-LAYERS = ("ln_1", "attn.c_attn", "attn.c_proj", "attn.resid_dropout")
-LAYERS += ("ln_2", "mlp.c_fc", "mlp.act", "mlp.c_proj", "mlp.dropout")
-BLOCK_OUTPUT = "mlp.dropout"  # what the paper calls a block's output: before it is added to the residual stream
+LAYERS = (
+    "ln_1",
+    "attn.c_attn",
+    "attn.c_proj",
+    "attn.resid_dropout",
+    "ln_2",
+    "mlp.c_fc",
+    "mlp.act",
+    "mlp.c_proj",
+    "mlp.dropout",  # what the paper calls a block's output, before the residual is added
+)
 
 
 def layer_names(num_blocks):
-    """All layers in the order of computation: ["0.ln_1", "0.attn.c_attn", ...], nine per block."""
-    return [f"{block}.{layer}" for block, layer in itertools.product(range(num_blocks), LAYERS)]
+    """All layers in the order of computation, nine per block: ["0.ln_1", "0.attn.c_attn", ...]."""
+    return [f"{block}.{layer}" for block in range(num_blocks) for layer in LAYERS]
 
 
 @torch.no_grad()
-def activations(model, windows, wanted, chunk_size=250):
-    """Outputs of layers for windows, on the CPU: {layer: [tokens, windows, width]}.
+def activations(model, windows, layers, positions, chunk_size=250):
+    """Outputs of some layers at some of the 3K tokens: {layer: [positions, windows, width]}."""
+    chunks = {layer: [] for layer in layers}
 
-    `windows` is what OfflineData.windows returns; `wanted` is {layer: [positions of its tokens among the 3K]}.
-    """
-    parts = {layer: [] for layer in wanted}
+    def hook_for(layer):
+        def hook(module, inputs, output):
+            chunks[layer].append(output[:, positions].transpose(0, 1).cpu())
 
-    def keep(layer):
-        return lambda module, inputs, output: parts[layer].append(output[:, wanted[layer]].transpose(0, 1).cpu())
+        return hook
 
-    hooks = [model.transformer.h.get_submodule(layer).register_forward_hook(keep(layer)) for layer in wanted]
-    for returns_to_go, states, actions, timesteps, _ in zip(*(x.split(chunk_size) for x in windows)):
-        model(returns_to_go, states, actions, timesteps)
+    hooks = []
+    for layer in layers:
+        module = model.transformer.h.get_submodule(layer)
+        hooks.append(module.register_forward_hook(hook_for(layer)))
+    for start in range(0, len(windows.valid), chunk_size):
+        chunk = Windows(*(column[start : start + chunk_size] for column in windows))
+        model(chunk.returns_to_go, chunk.states, chunk.actions, chunk.timesteps)
     for hook in hooks:
         hook.remove()
-    return {layer: torch.cat(parts.pop(layer), dim=1) for layer in wanted}
+    return {layer: torch.cat(chunks[layer], dim=1) for layer in layers}
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # CKA: how similar two layers represent the same windows (section 5.1)
-# ======================================================================================================================
+# ==================================================================================================
 def gram_matrices(layers):
-    """U-centred Gram matrices of layers, each of length 1: a list of [windows, width] to [layers, windows * windows].
+    """Gram matrices, U-centered and of length 1: a list of [windows, width] to [layers, windows²].
 
-    U-centring (Székely and Rizzo 2014) makes inner products of Gram matrices unbiased estimates of HSIC, up to a factor
-    that CKA does not see: the debiased estimator of Kornblith et al. 2019. A constant layer has no direction: nan.
+    After U-centering (Székely and Rizzo 2014) the inner product of two Gram matrices is an unbiased
+    estimate of HSIC, up to a factor that CKA does not see: the debiased estimator of Kornblith et
+    al. 2019. A constant layer has no direction, and so a CKA of nan.
     """
     rows = []
-    for x in layers:
-        x = x.double()
-        x = x - x[0]  # changes no distance between windows, keeps the digits, and makes a constant zero
-        n, gram = len(x), (x @ x.T).fill_diagonal_(0)
-        sums = gram.sum(0)
-        gram = gram - (sums[:, None] + sums) / (n - 2) + sums.sum() / ((n - 1) * (n - 2))
-        gram = gram.fill_diagonal_(0).flatten()
-        rows.append(gram / torch.linalg.vector_norm(gram))
+    for activation in layers:
+        x = activation.double()
+        x = x - x[0]  # keeps the digits of what differs; CKA does not see a translation
+        num_windows = len(x)
+        gram = x @ x.T
+        gram.fill_diagonal_(0)
+        sums = gram.sum(dim=0)
+        gram -= (sums[:, None] + sums) / (num_windows - 2)
+        gram += sums.sum() / ((num_windows - 1) * (num_windows - 2))
+        gram.fill_diagonal_(0)
+        rows.append(gram.flatten() / gram.norm())
     return torch.stack(rows)
 
 
 def cka(grams_a, grams_b):
-    """Linear CKA of all layers of one model with all of another: [layers a, layers b], between about 0 and 1."""
+    """Linear CKA of all layers of one model with all of another: [layers a, layers b]."""
     return grams_a @ grams_b.T
 
 
-def align(values, num_blocks):
-    """Bring values per layer, nine per block, to another number of blocks: [9 * blocks] to [9 * num_blocks].
+def grams_of_tokens(model, windows):
+    """Gram matrices of all layers at the last step's tokens: {token: [layers, windows²]}.
 
-    A layer is averaged with its namesakes in the neighbouring blocks, each weighed by how much of the target block it
-    overlaps, so that a LayerNorm stays one. The released code averages neighbouring layers of different kinds.
+    The released code compares one hidden unit over all tokens where the paper says a token.
+    [analysis/section-51-activation-similarity/compute_cka.py#L45]
+    """
+    num_tokens = 3 * windows.valid.shape[1]
+    positions = [num_tokens - 3, num_tokens - 2, num_tokens - 1]
+    outputs = activations(model, windows, layer_names(len(model.transformer.h)), positions)
+    grams = {}
+    for i, token in enumerate(TOKENS):
+        grams[token] = gram_matrices([output[i] for output in outputs.values()])
+    return grams
+
+
+def align_depth(values, num_blocks):
+    """Values per layer, nine per block, for another number of blocks: [9 blocks] to [9 num_blocks].
+
+    Each layer is averaged with its namesakes in neighboring blocks, weighed by how much of the new
+    block they cover, so that a LayerNorm stays one. The released code averages neighboring layers,
+    a LayerNorm with a projection. [analysis/section-51-activation-similarity/plot_cka.py#L26]
     """
     values = np.asarray(values).reshape(-1, len(LAYERS))
-    edges, targets = np.linspace(0, 1, len(values) + 1), np.linspace(0, 1, num_blocks + 1)
-    overlap = np.minimum(edges[1:], targets[1:, None]) - np.maximum(edges[:-1], targets[:-1, None])
-    return (overlap.clip(min=0) * num_blocks @ values).flatten()
+    old_edges = np.linspace(0, num_blocks, len(values) + 1)
+    aligned = np.zeros((num_blocks, len(LAYERS)))
+    for block in range(num_blocks):
+        covered = np.minimum(old_edges[1:], block + 1) - np.maximum(old_edges[:-1], block)
+        aligned[block] = covered.clip(min=0) @ values
+    return aligned.flatten()
 
 
-# ======================================================================================================================
-# Mutual information: many small estimators side by side (section 5.2)
-# ======================================================================================================================
+# ==================================================================================================
+# MINE: mutual information by neural networks (section 5.2)
+# ==================================================================================================
 class StatisticsNetworks(nn.Module):
-    """The statistics networks of many estimators: [estimators, batch, features] to [estimators, batch].
+    """Networks of many estimators: [estimators, batch, features] to [estimators, batch].
 
-    Each is features -> 400 -> 400 -> 400 -> 1 with ReLU; all start from the same weights, drawn as nn.Linear does. They
-    share nothing afterwards: batched matrix products only train them at the same time.
+    Each is features -> 400 -> 400 -> 400 -> 1 with ReLU, as in the released code; the text of the
+    paper has a layer less. [../mine-pytorch/util_mi_calculation.py#L25]
+    All start from the same weights, drawn as nn.Linear does, and share nothing afterwards: they are
+    only trained side by side.
     """
 
     def __init__(self, num_estimators, num_features, generator):
         super().__init__()
-        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        self.weights = nn.ParameterList()
+        self.biases = nn.ParameterList()
         sizes = (num_features, 400, 400, 400, 1)
         for n_in, n_out in itertools.pairwise(sizes):
-            layer = (2 * torch.rand(1, n_in + 1, n_out, generator=generator) - 1) / n_in**0.5
-            self.weights.append(nn.Parameter(layer[:, :-1].repeat(num_estimators, 1, 1)))
-            self.biases.append(nn.Parameter(layer[:, -1:].repeat(num_estimators, 1, 1)))
+            uniform = 2 * torch.rand(1, n_in + 1, n_out, generator=generator) - 1
+            initial = (uniform / math.sqrt(n_in)).repeat(num_estimators, 1, 1)
+            self.weights.append(nn.Parameter(initial[:, :-1].clone()))
+            self.biases.append(nn.Parameter(initial[:, -1:].clone()))
 
     def forward(self, x):
+        last = len(self.weights) - 1
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-            x = torch.baddbmm(bias, F.relu(x) if i else x, weight)
+            x = torch.baddbmm(bias, x, weight)
+            if i < last:
+                x = F.relu(x)
         return x.squeeze(-1)
 
 
 def donsker_varadhan(joint, marginal):
-    """The bound E_joint[T] - log E_marginal[exp T] in nats: [estimators, samples] twice to [estimators]."""
-    return joint.mean(1) - (torch.logsumexp(marginal, 1) - math.log(marginal.shape[1]))
+    """The lower bound E_joint[T] - log E_marginal[exp T] in nats: [estimators, samples] twice."""
+    return joint.mean(dim=1) - (torch.logsumexp(marginal, dim=1) - math.log(marginal.shape[1]))
 
 
-def train_estimators(x, t, seed, args):
+def mine(x, t, args, device):
     """Estimate the mutual information of each x[i] with t[i] by MINE (Belghazi et al. 2018).
 
-    `x` is [estimators, windows, features] and `t` [estimators, windows, width]: the first half of the windows trains
-    them, the second half is held out. Returns held-out and training estimates in nats [2, estimators], nan where
-    one has diverged. All see the windows in the same order, so that they differ by their data only.
+    `x` [estimators, 2 * windows, features] and `t` [estimators, 2 * windows, width] hold the
+    training windows first, then as many held-out ones. Returns the estimates on the held-out and on
+    the training windows, in nats, both [estimators]; nan where a network has diverged.
+    All networks start alike and see the windows in the same order: they differ by their data only.
     """
-    device, half, batch_size = x.device, x.shape[1] // 2, args.mine_batch_size
-    generator = torch.Generator().manual_seed(seed)
-    if not args.mine_paper_settings:  # no information is gained or lost by units, but a network learns better in these
-        x, t = ((v - v[:, :half].mean(1, keepdim=True)) / (v[:, :half].std(1, keepdim=True) + 1e-6) for v in (x, t))
-    networks = StatisticsNetworks(len(x), x.shape[-1] + t.shape[-1], generator).to(device)
-    optimizer = torch.optim.Adam(networks.parameters(), 1e-4, fused=True)
+    num_windows = x.shape[1] // 2
+    batch_size = args.mine_batch_size
+    x = x.to(device)
+    t = t.to(device)
+    if not args.mine_paper_settings:
+        # Units carry no information, but a network learns better in standardized ones.
+        x = standardize(x, num_windows)
+        t = standardize(t, num_windows)
+    generator = torch.Generator().manual_seed(args.seed)
+    networks = StatisticsNetworks(len(x), x.shape[2] + t.shape[2], generator).to(device)
+    optimizer = torch.optim.Adam(networks.parameters(), lr=1e-4, fused=True)
 
     def statistics(windows, partners):
-        """T on pairs that belong together, and with x from the partners on pairs that do not."""
-        joint, marginal = (torch.cat([x[:, chosen], t[:, windows]], dim=-1) for chosen in (windows, partners))
+        """T on pairs that belong together, and on pairs with the x of another window."""
+        joint = torch.cat([x[:, windows], t[:, windows]], dim=2)
+        marginal = torch.cat([x[:, partners], t[:, windows]], dim=2)
         return networks(torch.cat([joint, marginal], dim=1)).chunk(2, dim=1)
 
     average = None
-    for _ in tqdm(range(args.mine_passes), desc=f"MINE of {len(x)} pairs", unit="pass", leave=False):
-        order = torch.randperm(half, generator=generator)[: half // batch_size * batch_size]
-        for windows in order.split(batch_size):
+    for _ in tqdm(range(args.mine_passes), desc="MINE", unit="pass", leave=False):
+        order = torch.randperm(num_windows, generator=generator)
+        for windows in order[: num_windows // batch_size * batch_size].split(batch_size):
             partners = windows[torch.randperm(batch_size, generator=generator)]
             joint, marginal = statistics(windows.to(device), partners.to(device))
-            mean_exp = marginal.exp().mean(1)
-            average = mean_exp.detach() if average is None else torch.lerp(average, mean_exp.detach(), 0.01)
-            loss = mean_exp / average - joint.mean(1)  # its gradient is the bound's, less biased in small batches
+            mean_exp = marginal.exp().mean(dim=1)
+            # With a moving average below the fraction, the gradient of log E[exp T] is less biased
+            # in small batches (section 3.2 of Belghazi et al.).
+            if average is None:
+                average = mean_exp.detach()
+            else:
+                average = torch.lerp(average, mean_exp.detach(), 0.01)
+            loss = mean_exp / average - joint.mean(dim=1)
             optimizer.zero_grad()
             loss.sum().backward()
             optimizer.step()
 
     estimates = []
-    for first in (half, 0):
-        windows, partners = torch.arange(half) + first, torch.randperm(half, generator=generator) + first
+    for first in (num_windows, 0):  # held out, training
+        windows = first + torch.arange(num_windows)
+        partners = first + torch.randperm(num_windows, generator=generator)
+        joints = []
+        marginals = []
         with torch.no_grad():
-            pairs = zip(windows.to(device).split(batch_size), partners.to(device).split(batch_size))
-            parts = [statistics(*pair) for pair in pairs]
-        bound = donsker_varadhan(*(torch.cat(columns, dim=1) for columns in zip(*parts)))
-        estimates.append(torch.where(bound.isfinite(), bound, math.nan))
-    return torch.stack(estimates).cpu()
+            for batch, others in zip(windows.split(batch_size), partners.split(batch_size)):
+                joint, marginal = statistics(batch.to(device), others.to(device))
+                joints.append(joint)
+                marginals.append(marginal)
+        bound = donsker_varadhan(torch.cat(joints, dim=1), torch.cat(marginals, dim=1))
+        estimates.append(torch.where(bound.isfinite(), bound, math.nan).cpu())
+    return estimates
 
 
-def mutual_information(pairs, args, device):
-    """Estimate the mutual information of each pair of variables ([windows, features], [windows, width]).
+def standardize(values, num_windows):
+    """Mean 0 and deviation 1 of each feature over the training windows."""
+    training = values[:, :num_windows]
+    mean = training.mean(dim=1, keepdim=True)
+    return (values - mean) / (training.std(dim=1, keepdim=True) + 1e-6)
 
-    The pairs have equal shapes. Returns held-out and training estimates in nats, [2, pairs, args.mine_repeats].
+
+# ==================================================================================================
+# Whose information: the paper's questions
+# ==================================================================================================
+# x_t is a token of the data at step t, T_l(x_t) the output of block l at that token, and the index
+# K is the last step of the window. Variables are [steps, windows, features].
+def estimate(x, t, args, device, **about):
+    """Estimates of I(x; t) for each of the steps: rows that begin with what they are `about`."""
+    held_out, training = mine(x, t, args, device)
+    rows = []
+    for i in range(len(x)):
+        rows.append(
+            {
+                **about,
+                "step": i,
+                "control": False,
+                "held_out": held_out[i].item(),
+                "training": training[i].item(),
+            }
+        )
+    return rows
+
+
+def estimate_control(x, t, args, device, **about):
+    """The last step's estimate again with the windows of x shuffled: there is nothing to know.
+
+    What MINE finds there is its error.
     """
-    repeats = []
-    for seed in range(args.seed, args.seed + args.mine_repeats):
-        groups = []
-        for first in range(0, len(pairs), args.mine_group):
-            x, t = (torch.stack(variable).to(device) for variable in zip(*pairs[first : first + args.mine_group]))
-            groups.append(train_estimators(x, t, seed, args))
-        repeats.append(torch.cat(groups, dim=1))
-    return torch.stack(repeats, dim=-1).double().numpy()
+    rng = np.random.default_rng(args.seed)
+    half = x.shape[1] // 2
+    order = np.concatenate([rng.permutation(half), half + rng.permutation(half)])
+    rows = estimate(x[-1:, torch.as_tensor(order)], t[-1:], args, device, **about)
+    rows[0]["control"] = True
+    return rows
 
 
-# ======================================================================================================================
-# Questions: whose information (Fig. 2, App. E and H.2)
-# ======================================================================================================================
-def question(analysis, quantity, block, variable, representation):
-    """A question, without its answer: the information of a (token, step) of the data and one of a representation.
+def data_variables(windows, steps):
+    """The tokens of the data at some steps: {token: [steps, windows, features]}."""
+    return {
+        "return": windows.returns_to_go[:, steps].transpose(0, 1).cpu(),
+        "state": windows.states[:, steps].transpose(0, 1).cpu(),
+        "action": windows.actions[:, steps].transpose(0, 1).cpu(),
+    }
 
-    Figures show it at the token and step that it is about, which is not the label in Fig. 2.
+
+def block_output(model, windows, block, steps):
+    """T_l at the tokens of some steps: {token: [steps, windows, width]}."""
+    layer = f"{block}.mlp.dropout"
+    outputs = {}
+    for i, token in enumerate(TOKENS):
+        positions = [3 * step + i for step in steps]
+        outputs[token] = activations(model, windows, [layer], positions)[layer]
+    return outputs
+
+
+def information_with_context(model, windows, steps, args, device):
+    """Fig. 2: I(X;T) = I(x_t; T_l(s_K)) and I(Y;T) = I(a_K; T_l(x_t)), in three blocks.
+
+    a_K is left out as a token x_t, as in the released code: nothing has seen it but itself.
     """
-    token, step = representation if (analysis, quantity) == ("context", "I(Y;T)") else variable
-    where = dict(analysis=analysis, quantity=quantity, block=block, token=token, step=step, control=False)
-    return where | dict(variable=variable, representation=representation)
+    x = data_variables(windows, steps)
+    num_blocks = len(model.transformer.h)
+    rows = []
+    for block in sorted({0, num_blocks // 2, num_blocks - 1}):
+        t = block_output(model, windows, block, steps)
+        for token in TOKENS:
+            count = len(steps) - 1 if token == "action" else len(steps)
+            if count == 0:
+                continue  # K = 1, where a_K is the only action
+            at_last_state = t["state"][-1:].expand(count, -1, -1)
+            last_action = x["action"][-1:].expand(count, -1, -1)
+            input = {"analysis": "context", "of": "I(X;T)", "block": block, "token": token}
+            label = {"analysis": "context", "of": "I(Y;T)", "block": block, "token": token}
+            rows += estimate(x[token][:count], at_last_state, args, device, **input)
+            rows += estimate(last_action, t[token][:count], args, device, **label)
+            if token == "state":
+                rows += estimate_control(x[token], at_last_state, args, device, **input)
+                rows += estimate_control(last_action, t[token], args, device, **label)
+    return rows
 
 
-def questions_about_model(num_blocks, context_length, steps):
-    """What the paper asks of one model at some time steps.
-
-    "context" (Fig. 2) is I(x_t; T(s_K)), which is I(X;T), and I(a_K; T(x_t)), which is I(Y;T), for every token x_t but
-    a_K in a shallow, a middle and a deep block. "no context" (App. E) is I(s_t; T(s_t)) and I(a_t; T(s_t)) in all.
-    """
-    questions, last = [], context_length - 1
-    for block, step in itertools.product(range(num_blocks), steps):
-        questions.append(question("no context", "I(X;T)", block, ("state", step), ("state", step)))
-        questions.append(question("no context", "I(Y;T)", block, ("action", step), ("state", step)))
-    for block, step in itertools.product(sorted({0, num_blocks // 2, num_blocks - 1}), steps):
-        for token in TOKENS if step < last else TOKENS[:2]:
-            questions.append(question("context", "I(X;T)", block, (token, step), ("state", last)))
-            questions.append(question("context", "I(Y;T)", block, ("action", last), (token, step)))
-    return questions
+def information_of_same_step(model, windows, steps, args, device):
+    """App. E: I(s_t; T_l(s_t)) and I(a_t; T_l(s_t)), in every block."""
+    x = data_variables(windows, steps)
+    rows = []
+    for block in range(len(model.transformer.h)):
+        t = block_output(model, windows, block, steps)
+        input = {"analysis": "same step", "of": "I(X;T)", "block": block, "token": "state"}
+        label = {"analysis": "same step", "of": "I(Y;T)", "block": block, "token": "state"}
+        rows += estimate(x["state"], t["state"], args, device, **input)
+        rows += estimate(x["action"], t["state"], args, device, **label)
+        rows += estimate_control(x["state"], t["state"], args, device, **input)
+        rows += estimate_control(x["action"], t["state"], args, device, **label)
+    return rows
 
 
-def questions_about_data(steps):
-    """What the paper asks of the data alone (App. H.2): I(s_t; a_t) and I(R_t; a_t)."""
-    questions = [question("data", "I(s;a)", None, ("state", step), ("action", step)) for step in steps]
-    return questions + [question("data", "I(R;a)", None, ("return", step), ("action", step)) for step in steps]
+def information_in_data(windows, steps, args, device):
+    """App. H.2: I(s_t; a_t) and I(R_t; a_t), without any model."""
+    x = data_variables(windows, steps)
+    rows = []
+    for of, token in (("I(s;a)", "state"), ("I(R;a)", "return")):
+        about = {"analysis": "data", "of": of, "block": None, "token": token}
+        rows += estimate(x[token], x["action"], args, device, **about)
+        rows += estimate_control(x[token], x["action"], args, device, **about)
+    return rows
 
 
-def answer(questions, windows, representations, args, run):
-    """Answer `questions` by MINE; adds "held_out" and "training" estimates in nats [repeats] and the name of the run.
-
-    `windows` is what OfflineData.windows returns, `representations` {(block, token, step): [windows, width]}. The last
-    question of each kind and block is asked once more as a control, with the windows of the data shuffled.
-    """
-    controls = {(q["analysis"], q["quantity"], q["block"]): q | dict(control=True) for q in questions}
-    rng, half = np.random.default_rng(args.seed), len(windows[0]) // 2
-    shuffled = torch.as_tensor(np.concatenate([rng.permutation(half), rng.permutation(half) + half]))
-    answers = []
-    for token, values in zip(TOKENS, windows):
-        about_token = [q for q in [*questions, *controls.values()] if q["variable"][0] == token]
-        pairs = []
-        for q in about_token:
-            x = values[:, q["variable"][1]].cpu()
-            pairs.append((x[shuffled] if q["control"] else x, representations[q["block"], *q["representation"]]))
-        if pairs:
-            estimates = mutual_information(pairs, args, values.device)
-            answers += [q | dict(run=run, held_out=a, training=b) for q, a, b in zip(about_token, *estimates)]
-    return answers
-
-
-# ======================================================================================================================
-# Analysis: the models before and after fine-tuning
-# ======================================================================================================================
-def choose_windows(data, context_length, args):
-    """Choose whole windows at random: for CKA, and for MINE as many again from other episodes to be held out."""
-    starts, ends = torch.arange(len(data.states)), data.episode_ends.cpu()
-    whole = starts + context_length <= ends
-    odd = torch.unique(ends, return_inverse=True)[1] % 2 == 1
-    rng, chosen = np.random.default_rng(args.seed), []
-    for pool, count in ((whole, args.cka_windows), (whole & ~odd, args.mine_windows), (whole & odd, args.mine_windows)):
-        if pool.sum() < count:
-            stop(f"The data set has {pool.sum()} whole windows, not {count}: lower --cka-windows or --mine-windows.")
-        chosen.append(torch.as_tensor(rng.choice(starts[pool], count, replace=False)).to(data.states.device))
-    return data.windows(chosen[0], context_length), data.windows(torch.cat(chosen[1:]), context_length)
-
-
-def compare_layers(before, after, windows):
-    """Gram matrices of all layers at the last step: {("before" or "after", token): [layers, windows * windows]}."""
-    last_step = [3 * windows[0].shape[1] + i for i in (-3, -2, -1)]
-    grams = {}
-    for when, model in (("before", before), ("after", after)):
-        outputs = activations(model, windows, dict.fromkeys(layer_names(len(model.transformer.h)), last_step))
-        for i, token in enumerate(TOKENS):
-            grams[when, token] = gram_matrices([output[i] for output in outputs.values()])
-    return grams
-
-
-def measure_information(model, windows, args, steps, run):
-    """Answer the paper's questions about one model."""
-    questions = questions_about_model(len(model.transformer.h), windows[0].shape[1], steps)
-    needed = sorted({(q["block"], *q["representation"]) for q in questions})
-    wanted = {}
-    for block, token, step in needed:
-        wanted.setdefault(f"{block}.{BLOCK_OUTPUT}", []).append(3 * step + TOKENS.index(token))
-    outputs = itertools.chain(*activations(model, windows, wanted).values())
-    return answer(questions, windows, dict(zip(needed, outputs)), args, run)
-
-
-def analyse(folders, args):
-    """Analyse finished runs in float32, all on the same windows.
-
-    Returns one result per run, and the answers about mutual information in all of them and in the data.
-    """
-    runs = [read_run(folder) for folder in folders]
-    env, dataset, K = (getattr(runs[0][0], name) for name in ("env", "dataset", "context_length"))
-    if any((run_args.env, run_args.dataset, run_args.context_length) != (env, dataset, K) for run_args, _, _ in runs):
-        stop("The runs cannot be shown the same windows: --env, --dataset and --context-length must be equal.")
-    device = find_device(args)
-    data = OfflineData(runs[0][0], make_env(runs[0][0], 1), device)
-    cka_windows, mine_windows = choose_windows(data, K, args)
-    steps = sorted({round(step) for step in np.linspace(K - 1, 0, min(args.mine_steps or K, K))})
-    information = []
-    if args.mine_windows:
-        representations = {(None, "action", step): mine_windows[2][:, step].cpu() for step in steps}
-        information = answer(questions_about_data(steps), mine_windows, representations, args, "data")
-    results = []
-    for folder, (run_args, records, _) in zip(folders, tqdm(runs, desc="analysis", unit="model")):
-        epochs = args.epochs or (0, records[-1]["epoch"])
-        before, after = (load_model(folder / f"epoch_{epoch}.pt", device)[0] for epoch in epochs)
-        backbone, num_blocks = Path(run_args.backbone).name, len(after.transformer.h)
-        result = dict(run=folder.name, backbone=backbone, env=env, K=K, seed=run_args.seed, num_blocks=num_blocks)
-        result["sample"] = run_args.sample
-        result["grams"] = compare_layers(before, after, cka_windows) if args.cka_windows else None
-        if args.mine_windows:
-            information += measure_information(after, mine_windows, args, steps, folder.name)
-        results.append(result)
-    return results, information
-
-
-# ======================================================================================================================
+# ==================================================================================================
 # Figures
-# ======================================================================================================================
-def new_figure(results, what, width, height):
-    """An empty figure of `width` x `height` inches with `what` it shows of which environment, K and seeds as title."""
-    seeds = ", ".join(sorted({str(result["seed"]) for result in results}))
-    sample = ", bundled sample" * results[0]["sample"]
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(f"{results[0]['env']}, K = {results[0]['K']}, seed {seeds}{sample}: {what}")
-    return figure
+# ==================================================================================================
+def run_name(run):
+    return f"{run.folder.name}, seed {run.args['seed']}"
 
 
-def similarity(result, token):
-    """CKA of each layer before and after fine-tuning [layers]."""
-    return (result["grams"]["before", token] * result["grams"]["after", token]).sum(1).numpy()
+def run_color(run):
+    return COLORS.get(Path(run.args["backbone"]).name, OTHER_COLOR)
 
 
-def plot_cka(results, args):
-    """CKA of every layer before and after fine-tuning over depth, LayerNorms marked (section 5.1)."""
-    figure = new_figure(
-        results, f"CKA before and after fine-tuning, {args.cka_windows} windows; diamonds: LayerNorms", 15, 4.5
-    )
-    num_blocks = min(result["num_blocks"] for result in results)
-    names = layer_names(num_blocks)
-    depth = (np.arange(len(names)) + 0.5) / len(names)
-    norms = [i for i, name in enumerate(names) if ".ln_" in name]
+def plot_cka(runs, similarities, args):
+    """CKA of every layer before and after fine-tuning, LayerNorms marked (section 5.1).
+
+    `similarities` is {token: [layers]} for each run. The paper draws the threshold for Hopper and
+    the state token only.
+    """
+    K = runs[0].args["context_length"]
+    subject = f"CKA before and after fine-tuning, {args.cka_windows} windows, K = {K}"
+    figure = new_figure(runs[0].args, f"{subject}, diamonds are LayerNorms", 15, 4.5)
+    num_blocks = min(len(similarity["state"]) // len(LAYERS) for similarity in similarities)
+    is_norm = np.array([".ln_" in name for name in layer_names(num_blocks)])
+    depth = (np.arange(len(is_norm)) + 0.5) / len(is_norm)
     for axes, token in zip(figure.subplots(1, 3, sharey=True), TOKENS):
-        for result in results:
-            values, color = align(similarity(result, token), num_blocks), COLORS[result["backbone"]]
-            axes.plot(depth, values, ".-", color=color, label=result["run"], linewidth=1)
-            axes.plot(depth[norms], values[norms], "D", color=color, markersize=5)
+        for run, similarity in zip(runs, similarities):
+            values = align_depth(similarity[token], num_blocks)
+            color = run_color(run)
+            axes.plot(depth, values, ".-", color=color, label=run_name(run), linewidth=1)
+            axes.plot(depth[is_norm], values[is_norm], "D", color=color, markersize=5)
         axes.axhline(args.cka_threshold, color="black", linestyle="--", linewidth=0.8)
         axes.set(title=f"{token} token of the last step", xlabel="depth, 0 first layer, 1 last")
     figure.axes[0].set_ylabel("linear CKA, debiased")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
-def plot_heat_maps(results, token):
-    """CKA of all layers with all layers: of each model before and after, and between the fine-tuned ones (App. D)."""
-    panels = [(a, a, when) for when in ("before", "after") for a in results]
-    panels += [(a, b, "after") for a, b in itertools.combinations(results, 2)]
-    columns = max(len(results), 2)
-    rows = math.ceil(len(panels) / columns)
-    figure = new_figure(results, f"CKA of all layers at the last {token} token", 4 * columns + 1, 3.8 * rows + 0.8)
-    grid = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axes, (a, b, when) in zip(grid, panels):
-        values = cka(a["grams"][when, token], b["grams"][when, token]).numpy()
-        image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", origin="lower")
-        axes.set(title=f"{when} fine-tuning", xlabel=f"layer of {b['run']}", ylabel=f"layer of {a['run']}")
-    for unused in grid[len(panels) :]:
-        unused.set_axis_off()
+def plot_heat_maps(runs, grams_before, grams_after, token):
+    """CKA between all layers: in each model before and after, and between models after (App. D)."""
+    panels = []
+    for run, grams in zip(runs, grams_before):
+        panels.append(("before", run, run, cka(grams[token], grams[token])))
+    for run, grams in zip(runs, grams_after):
+        panels.append(("after", run, run, cka(grams[token], grams[token])))
+    for a, b in itertools.combinations(range(len(runs)), 2):
+        similarity = cka(grams_after[a][token], grams_after[b][token])
+        panels.append(("after", runs[a], runs[b], similarity))
+    num_columns = max(len(runs), 2)
+    num_rows = math.ceil(len(panels) / num_columns)
+    subject = f"CKA of all layers at the last {token} token, K = {runs[0].args['context_length']}"
+    figure = new_figure(runs[0].args, subject, 4 * num_columns + 1, 3.8 * num_rows + 0.8)
+    grid = figure.subplots(num_rows, num_columns, squeeze=False).flatten()
+    for axes, (when, run_a, run_b, similarity) in zip(grid, panels):
+        image = axes.imshow(similarity, vmin=0, vmax=1, cmap="viridis", origin="lower")
+        axes.set_title(f"{when} fine-tuning")
+        axes.set(xlabel=f"layer, {run_name(run_b)}", ylabel=f"layer, {run_name(run_a)}")
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
     figure.colorbar(image, ax=list(grid), label="linear CKA, debiased", shrink=0.5)
     return figure
 
 
-def select(answers, **properties):
-    """The answers to questions with these properties, in the order in which they were asked."""
-    return [a for a in answers if all(a[name] == value for name, value in properties.items())]
+def select(rows, **properties):
+    """The rows with these properties, in their order."""
+    return [row for row in rows if all(row[name] == value for name, value in properties.items())]
 
 
-def plot_mutual_information(results, information, estimate, settings):
-    """Information over the position of the token, in a shallow, a middle and a deep block (Fig. 2)."""
-    figure = new_figure(results, f"information about input X and label Y\n{settings}", 14, 8)
-    grid, last = figure.subplots(2, 3, sharex=True, sharey="row"), results[0]["K"] - 1
-    for panels, quantity in zip(grid, ("I(X;T)", "I(Y;T)")):
-        panels[0].set_ylabel(f"{quantity}, nats")
-        for result in results:
-            answers = select(information, run=result["run"], analysis="context", quantity=quantity)
-            color = COLORS[result["backbone"]]
-            for axes, block in zip(panels, sorted({a["block"] for a in answers})):
-                for token, marker in dict(zip(TOKENS, "^ox")).items():
-                    points = select(answers, control=False, block=block, token=token)
-                    steps = [a["step"] - last for a in points]
-                    mean, std = ([over_repeats(a[estimate]) for a in points] for over_repeats in (np.mean, np.std))
-                    style = dict(color=color, marker=marker, linewidth=0.6, label=f"{result['run']}, {token}")
-                    axes.errorbar(steps, mean, std, **style)
-                (control,) = select(answers, control=True, block=block)
-                axes.axhline(np.mean(control[estimate]), color=color, linestyle="--", linewidth=1)
-    for top, bottom, depth in zip(*grid, ("shallow", "middle", "deep")):
-        top.set_title(f"{depth} block")
-        bottom.set_xlabel("time step of the token, 0 the last")
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+def mine_figure(run, args, subject, width, height):
+    settings = f"MINE, {args.mine_windows} windows, {args.mine_passes} passes, {read_off(args)}"
+    K = run.args["context_length"]
+    return new_figure(run.args, f"{subject}, K = {K}\n{settings}; dashed: shuffled", width, height)
+
+
+def read_off(args):
+    """Which estimate is trusted: the held-out one, but at the paper's settings the training one."""
+    return "training" if args.mine_paper_settings else "held_out"
+
+
+def plot_information_with_context(runs, information, steps, args):
+    """I(X;T) and I(Y;T) over the position of the token, in three blocks (Fig. 2)."""
+    figure = mine_figure(runs[0], args, "information about input X and label Y", 14, 8)
+    grid = figure.subplots(2, 3, sharex=True, sharey="row")
+    markers = {"return": "^", "state": "o", "action": "x"}
+    positions = np.array(steps) - steps[-1]
+    for axes_row, name in zip(grid, ("I(X;T)", "I(Y;T)")):
+        axes_row[0].set_ylabel(f"{name}, nats")
+        for run in runs:
+            of_run = select(information, run=str(run.folder), analysis="context", of=name)
+            color = run_color(run)
+            for axes, block in zip(axes_row, sorted({row["block"] for row in of_run})):
+                for token, marker in markers.items():
+                    rows = select(of_run, block=block, token=token, control=False)
+                    values = [row[read_off(args)] for row in rows]
+                    label = f"{run_name(run)}, {token}"
+                    axes.plot(
+                        positions[: len(values)],
+                        values,
+                        color=color,
+                        marker=marker,
+                        linewidth=0.6,
+                        label=label,
+                    )
+                controls = select(of_run, block=block, control=True)
+                control = np.mean([row[read_off(args)] for row in controls])
+                axes.axhline(control, color=color, linestyle="--", linewidth=1)
+    for column, depth in enumerate(("shallow", "middle", "deep")):
+        grid[0, column].set_title(f"{depth} block")
+        grid[1, column].set_xlabel("time step of the token, 0 the last")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
-def plot_information_per_block(results, information, estimate, settings):
-    """Information about the same step's state and action in every block, mean and spread over the steps (App. E)."""
-    figure = new_figure(results, f"information about the same step\n{settings}", 12, 4.5)
+def plot_information_of_same_step(runs, information, args):
+    """I(s_t; T(s_t)) and I(a_t; T(s_t)) in every block, mean and deviation over steps (App. E)."""
+    figure = mine_figure(runs[0], args, "information about the same step", 12, 4.8)
     formulas = {"I(X;T)": "I(s_t; T(s_t))", "I(Y;T)": "I(a_t; T(s_t))"}
-    for axes, (quantity, formula) in zip(figure.subplots(1, 2), formulas.items()):
-        for result in results:
-            answers = select(information, run=result["run"], analysis="no context", quantity=quantity)
-            color, num_blocks = COLORS[result["backbone"]], result["num_blocks"]
-            depth = (np.arange(num_blocks) + 0.5) / num_blocks
-            values = np.mean([a[estimate] for a in select(answers, control=False)], axis=1).reshape(num_blocks, -1)
-            axes.errorbar(depth, values.mean(1), values.std(1), color=color, marker="o", capsize=3, label=result["run"])
-            controls = np.mean([a[estimate] for a in select(answers, control=True)], axis=1)
+    for axes, (name, formula) in zip(figure.subplots(1, 2), formulas.items()):
+        for run in runs:
+            of_run = select(information, run=str(run.folder), analysis="same step", of=name)
+            means = []
+            deviations = []
+            controls = []
+            for block in sorted({row["block"] for row in of_run}):
+                rows = select(of_run, block=block, control=False)
+                values = [row[read_off(args)] for row in rows]
+                means.append(np.mean(values))
+                deviations.append(np.std(values))
+                controls.append(select(of_run, block=block, control=True)[0][read_off(args)])
+            depth = (np.arange(len(means)) + 0.5) / len(means)
+            color = run_color(run)
+            axes.errorbar(
+                depth, means, deviations, color=color, marker="o", capsize=3, label=run_name(run)
+            )
             axes.plot(depth, controls, "--", color=color, linewidth=1)
         axes.set(ylabel=f"{formula}, nats", xlabel="depth, 0 first block, 1 last")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
-def plot_information_in_data(results, information, estimate, settings):
-    """Information between action and state or return-to-go of the same step, one point per step (App. H.2)."""
-    figure = new_figure(results, f"information in the data\n{settings}", 7, 4.5)
+def plot_information_in_data(runs, information, args):
+    """I(s_t; a_t) and I(R_t; a_t), one point per step (App. H.2)."""
+    figure = mine_figure(runs[0], args, "information in the data", 7, 4.8)
     axes = figure.subplots()
-    for place, quantity in enumerate(("I(s;a)", "I(R;a)")):
-        values = [
-            np.mean(a[estimate]) for a in select(information, analysis="data", control=False, quantity=quantity)
-        ]  # [steps]
-        (control,) = select(information, analysis="data", control=True, quantity=quantity)
-        axes.boxplot([values], positions=[place], widths=0.3, tick_labels=[quantity])
-        axes.plot(np.full(len(values), place), values, ".", color=COLORS["other"])
-        axes.hlines(np.mean(control[estimate]), place - 0.3, place + 0.3, color="black", linestyle="--", linewidth=1)
+    names = ("I(s;a)", "I(R;a)")
+    for position, name in enumerate(names):
+        rows = select(information, analysis="data", of=name, control=False)
+        values = [row[read_off(args)] for row in rows]
+        axes.boxplot([values], positions=[position], widths=0.3)
+        axes.plot([position] * len(values), values, ".", color=OTHER_COLOR)
+        control = select(information, analysis="data", of=name, control=True)[0]
+        edges = (position - 0.3, position + 0.3)
+        axes.hlines(control[read_off(args)], *edges, color="black", linestyle="--", linewidth=1)
+    axes.set_xticks(range(len(names)), names)
     axes.set_ylabel("nats")
     return figure
 
 
-# ======================================================================================================================
+# ==================================================================================================
+# Utilities: arguments, files, tables, errors
+# ==================================================================================================
+COLORS = {  # colour-blind safe, after Okabe and Ito
+    "gpt2": "#0072B2",
+    "igpt": "#D55E00",
+    "igpt-as-gpt2": "#E69F00",
+    "random": "#555555",
+    "random-gpt2": "#009E73",
+    "markov": "#56B4E9",
+}
+OTHER_COLOR = "#CC79A7"
+
+
+def stop(message, status=2):
+    """End the program with one sentence about something that the user can put right."""
+    if RANK == 0:
+        tqdm.write(message, file=sys.stderr)  # on a line of its own, also beside a progress bar
+    raise SystemExit(status)
+
+
+def first_line(error):
+    """An exception in a few words, to be put into a sentence."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}".rstrip(" .:")
+
+
+def complete_arguments(args):
+    """Check the arguments, and fill in what was not given and depends on others."""
+    at_least_one = ("context_length", "batch_size", "num_epochs", "steps_per_epoch")
+    for name in (*at_least_one, "num_eval_episodes"):
+        if getattr(args, name) < 1:
+            stop(f"--{name.replace('_', '-')} must be at least 1.")
+    for name in ("learning_rate", "weight_decay", "warmup_steps", "dropout", "seed"):
+        if getattr(args, name) < 0:
+            stop(f"--{name.replace('_', '-')} must not be negative.")
+    if args.max_grad_norm < 0:
+        stop("--max-grad-norm must not be negative; 0 switches clipping off.")
+    env_name = args.env.rsplit("-v", 1)[0]
+    task = TASKS.get(env_name)
+    if task is None and (args.dataset is None or args.target_return is None):
+        stop(f"{args.env} is none of {', '.join(TASKS)}: give --dataset and --target-return.")
+    if args.dataset is None:
+        args.dataset = task.dataset
+        if args.sample:
+            args.dataset = f"sample/{env_name.lower()}/medium-v0"
+    if args.target_return is None:
+        args.target_return = task.target_return
+    if args.run_name is None:
+        backbone_name = Path(args.backbone or "study").name
+        args.run_name = f"{args.env}__{SCRIPT}__{backbone_name}__{args.seed}__{int(time.time())}"
+
+
+def open_folder(folder, args):
+    """Make the folder of a run; if there is one, `args` must be what it was started with."""
+    path = folder / "args.json"
+    if path.exists():
+        earlier = json.loads(path.read_text())
+        # JSON knows no tuples, so that these arguments have to be made lists, too.
+        for name, value in json.loads(json.dumps(asdict(args))).items():
+            if name not in MAY_DIFFER and value != earlier.get(name):
+                stop(
+                    f"{folder} was started with {name} = {earlier.get(name)}, not {value}: "
+                    "choose another --run-name, or the arguments that it was started with."
+                )
+    if RANK == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_json(path, asdict(args))
+
+
+@contextmanager
+def replacing(path):
+    """A temporary path to write to, which then replaces `path`: what is there is always whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    yield temporary
+    os.replace(temporary, path)
+
+
+def save_json(path, content):
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1))
+
+
+def save_checkpoint(path, checkpoint):
+    with replacing(path) as temporary:
+        torch.save(checkpoint, temporary)
+
+
+def save_figure(figure, path, step):
+    """Write a matplotlib figure as a PNG and as a TensorBoard image."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+    with SummaryWriter(path.parent) as writer:
+        writer.add_figure(path.stem, figure, step)
+
+
+def new_figure(args, subject, width, height):
+    """An empty figure, width x height in inches, titled with what it shows of which environment."""
+    sample = ", bundled sample" if args["sample"] else ""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(f"{args['env']}: {subject}{sample}")
+    return figure
+
+
+def read_run(folder):
+    """The Run in a folder of any of the scripts."""
+    path = Path(folder) / "summary.json"
+    if not path.exists():
+        stop(f"{folder} is no folder of a run: it has no summary.json.")
+    summary = json.loads(path.read_text())
+    return Run(Path(folder), summary["args"], summary["epochs"], summary["history"])
+
+
+def print_table(rows, formats):
+    """Print dicts as a table; `formats` are its columns and how their numbers are written."""
+    table = [list(formats)]
+    for row in rows:
+        cells = []
+        for name, form in formats.items():
+            is_nan = isinstance(row[name], float) and math.isnan(row[name])
+            cells.append("-" if is_nan else format(row[name], form))
+        table.append(cells)
+    widths = [max(len(cell) for cell in column) for column in zip(*table)]
+    for cells in table:
+        print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths)))
+
+
+# HalfCheetah's model file sets off a deprecation warning for every copy; all else should be seen.
+def warn_of_mujoco(text):
+    if "deprecated" not in text:
+        print(f"mujoco: {text}", file=sys.stderr)
+
+
+mujoco.set_mju_user_warning(warn_of_mujoco)
+
+
+# ==================================================================================================
 # Experiment
-# ======================================================================================================================
-@dataclass
-class Run(Args):  # the arguments of one training run of the study
-    backbone: str = "gpt2"
+# ==================================================================================================
+def cka_table(runs, similarities, threshold):
+    rows = []
+    for run, similarity in zip(runs, similarities):
+        for token, values in similarity.items():
+            names = layer_names(len(values) // len(LAYERS))
+            layers = dict(zip(names, values.tolist()))
+            above = [name for name in names if layers[name] > threshold]
+            rows.append(
+                {
+                    "run": str(run.folder),
+                    "token": token,
+                    "mean_cka": np.nanmean(values).item(),
+                    "layers_above": len(above),
+                    "layer_norms_above": sum(".ln_" in name for name in above),
+                    "layers": layers,
+                }
+            )
+    return rows
+
+
+def information_table(information, args):
+    """Means over blocks, tokens and steps."""
+    rows = []
+    groups = {(row["run"], row["analysis"], row["of"]): None for row in information}
+    for run, analysis, of in groups:
+        of_group = select(information, run=run, analysis=analysis, of=of)
+        estimates = select(of_group, control=False)
+        controls = select(of_group, control=True)
+        rows.append(
+            {
+                "run": run,
+                "analysis": analysis,
+                "of": of,
+                "held_out": np.nanmean([row["held_out"] for row in estimates]).item(),
+                "training": np.nanmean([row["training"] for row in estimates]).item(),
+                "shuffled": np.nanmean([row[read_off(args)] for row in controls]).item(),
+            }
+        )
+    return rows
+
+
+def check_own_arguments(args):
+    if args.mine_paper_settings:  # [../mine-pytorch/util_mi_calculation.py#L39]
+        args.mine_windows = 100
+        args.mine_batch_size = 50
+        args.mine_passes = 1000
+    if len(args.epochs) not in (0, 2):
+        stop("--epochs takes two epochs to compare, before and after.")
+    if not args.runs and max(args.epochs, default=0) > args.num_epochs:
+        stop(f"--epochs {max(args.epochs)} is beyond --num-epochs {args.num_epochs}.")
+    if 0 < args.cka_windows < 4 or args.cka_windows < 0 or args.mine_windows < 0:
+        stop("--cka-windows must be 0 or at least 4, --mine-windows 0 or more.")
+    if not 1 <= args.mine_batch_size <= max(1, args.mine_windows):
+        stop("--mine-batch-size must be at least 1, and at most --mine-windows.")
 
 
 if __name__ == "__main__":
-    args, folder = parse_arguments()
-    if args.mine_paper_settings:
-        args = replace(args, mine_windows=100, mine_batch_size=50, mine_passes=1000)
-    if len(args.epochs) not in (0, 2) or (not args.runs and max(args.epochs, default=0) > args.num_epochs):
-        stop(f"--epochs takes the two epochs to compare, none beyond the last, but is {args.epochs}.")
-    if args.cka_windows in (1, 2, 3) or min(args.cka_windows, args.mine_windows) < 0:
-        stop("--cka-windows must be at least 4, which the debiased estimator needs; it and --mine-windows may be 0.")
-    if (
-        min(args.mine_batch_size, args.mine_repeats, args.mine_group) < 1
-        or 0 < args.mine_windows < args.mine_batch_size
-    ):
-        stop("--mine-batch-size, --mine-repeats and --mine-group start at 1, --mine-windows at --mine-batch-size.")
+    defaults = SAMPLE if "--sample" in sys.argv else Args()
+    args = tyro.cli(Args, default=defaults, description=__doc__)
+    complete_arguments(args)
+    check_own_arguments(args)
     args.save_epochs = (0, *args.save_epochs, *args.epochs)
-    folders = [Path(run) for run in args.runs]
+    folder = Path("runs") / args.run_name
+    device = find_device(args)
     try:
-        for backbone in args.backbones if not args.runs else ():
-            folders.append(folder / Path(backbone).name)
-            train(Run(**asdict(args), backbone=backbone), folders[-1])
+        if args.runs:
+            runs = [read_run(run) for run in args.runs]
+        else:
+            runs = train_study(args, folder, device)
     except KeyboardInterrupt:
-        stop(f"Interrupted; go on with: python {SCRIPT}.py --resume {folder}", status=130)
+        stop(f"Interrupted; the same command with --run-name {args.run_name} goes on.", status=130)
     if RANK > 0:
         sys.exit()
 
-    results, information = analyse(folders, args)
-    figures, cka_rows, mine_rows = {}, [], []
-    if args.cka_windows:
-        figures["cka_before_after"] = plot_cka(results, args)
-        figures |= {f"cka_heat_maps_{token}": plot_heat_maps(results, token) for token in TOKENS}
-        for result, token in itertools.product(results, TOKENS):
-            layers = dict(zip(layer_names(result["num_blocks"]), similarity(result, token)))
-            above = [name for name, value in layers.items() if value > args.cka_threshold]
-            row = dict(run=result["run"], token=token, mean_cka=np.nanmean(list(layers.values())), layers=layers)
-            row |= dict(layers_above=len(above), layer_norms_above=sum(".ln_" in name for name in above))
-            cka_rows.append(row)
-        print(f"\nCKA before and after fine-tuning; layers above {args.cka_threshold:g}, LayerNorms among them")
-        print_table(cka_rows, dict(run="", token="", mean_cka=".3f", layers_above="d", layer_norms_above="d"))
-    if args.mine_windows:
-        estimate, read_off = ("training", "training") if args.mine_paper_settings else ("held_out", "held-out")
-        settings = f"MINE, {args.mine_windows} windows, {args.mine_passes} passes, {read_off}; dashed: data shuffled"
-        for plot in (plot_mutual_information, plot_information_per_block, plot_information_in_data):
-            figures[plot.__name__.removeprefix("plot_")] = plot(results, information, estimate, settings)
-        for run, analysis, quantity in dict.fromkeys((a["run"], a["analysis"], a["quantity"]) for a in information):
-            key = dict(run=run, analysis=analysis, quantity=quantity)
-            answers, controls = (select(information, **key, control=control) for control in (False, True))
-            means = {name: np.nanmean([a[name] for a in answers]) for name in ("held_out", "training")}
-            mine_rows.append(key | means | dict(shuffled=np.nanmean([a[estimate] for a in controls])))
-        print("\nMutual information in nats, mean over blocks and steps")
-        print_table(mine_rows, dict(run="", analysis="", quantity="", held_out=".3f", training=".3f", shuffled=".3f"))
+    # All models are shown the same windows.
+    run_args = runs[0].args
+    for run in runs:
+        for name in ("env", "dataset", "context_length"):
+            if run.args[name] != run_args[name]:
+                stop(f"{run.folder} has another {name} than {runs[0].folder}.")
+    data_args = replace(args, env=run_args["env"], dataset=run_args["dataset"])
+    data = OfflineData(load_episodes(data_args, make_env(data_args, 1)), device)
+    K = run_args["context_length"]
+    cka_windows, training_windows, held_out_windows = choose_windows(data, K, args)
+    mine_windows = Windows(*map(torch.cat, zip(training_windows, held_out_windows)))
+    num_steps = min(args.mine_steps or K, K)
+    steps = sorted({round(step) for step in np.linspace(K - 1, 0, num_steps)})
+
+    grams_before = []
+    grams_after = []
+    similarities = []
+    information = []
+    if args.mine_windows > 0:
+        for row in information_in_data(mine_windows, steps, args, device):
+            information.append({"run": "data", **row})
+    for run in tqdm(runs, desc="analysis", unit="model"):
+        first, last = args.epochs or (0, run.records[-1]["epoch"])
+        model_before = load_model(run.folder / f"epoch_{first}.pt", device)
+        model_after = load_model(run.folder / f"epoch_{last}.pt", device)
+        if args.cka_windows > 0:
+            before = grams_of_tokens(model_before, cka_windows)
+            after = grams_of_tokens(model_after, cka_windows)
+            # Each layer with itself: the diagonal of cka(before, after).
+            similarity = {token: (before[token] * after[token]).sum(1).numpy() for token in TOKENS}
+            grams_before.append(before)
+            grams_after.append(after)
+            similarities.append(similarity)
+        if args.mine_windows > 0:
+            rows = information_with_context(model_after, mine_windows, steps, args, device)
+            rows += information_of_same_step(model_after, mine_windows, steps, args, device)
+            for row in rows:
+                information.append({"run": str(run.folder), **row})
+
+    folder.mkdir(parents=True, exist_ok=True)
+    cka_rows = cka_table(runs, similarities, args.cka_threshold)
+    results = {"args": asdict(args), "cka": cka_rows, "mutual_information": information}
+    save_json(folder / "results.json", results)
+    figures = {}
+    if args.cka_windows > 0:
+        figures["cka_before_after"] = plot_cka(runs, similarities, args)
+        for token in TOKENS:
+            heat_maps = plot_heat_maps(runs, grams_before, grams_after, token)
+            figures[f"cka_heat_maps_{token}"] = heat_maps
+        print(f"\nCKA before and after; layers above {args.cka_threshold:g}, LayerNorms of them")
+        formats = {"run": "", "token": "", "mean_cka": ".3f"}
+        print_table(cka_rows, {**formats, "layers_above": "d", "layer_norms_above": "d"})
+    if args.mine_windows > 0:
+        figures["information_with_context"] = plot_information_with_context(
+            runs, information, steps, args
+        )
+        figures["information_of_same_step"] = plot_information_of_same_step(runs, information, args)
+        figures["information_in_data"] = plot_information_in_data(runs, information, args)
+        print("\nMutual information in nats, mean over blocks, tokens and steps")
+        formats = {"run": "", "analysis": "", "of": "", "held_out": ".3f", "training": ".3f"}
+        print_table(information_table(information, args), {**formats, "shuffled": ".3f"})
     for name, figure in figures.items():
-        save_figure(figure, folder / f"{name}.png", args.num_epochs)
-    save_json(folder / "results.json", dict(cka=cka_rows, mutual_information=information))
-    print(f"{folder}: results.json and {len(figures)} figures; or: tensorboard --logdir runs")
+        save_figure(figure, folder / f"{name}.png", step=args.num_epochs)
+    print(f"{folder}: results.json, {', '.join(figures)}; or: tensorboard --logdir runs")

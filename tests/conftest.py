@@ -1,4 +1,4 @@
-"""What several test files need: the scripts on the path, small models and runs, and ways to run a script."""
+"""What several test files need: the scripts on the path, small models and runs, ways to run one."""
 
 import os
 import runpy
@@ -12,38 +12,50 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "tests" / "assets"
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
 os.environ.update(TOKENIZERS_PARALLELISM="false", TF_CPP_MIN_LOG_LEVEL="3")
 
-TINY = ["--sample", "--steps-per-epoch", "6", "--num-eval-episodes", "2", "--batch-size", "8", "--precision", "fp32"]
-TINY += ["--dropout", "0.2"]
-SHAPE = dict(state_dim=11, act_dim=3, max_timestep=1000)
+TINY = ["--sample", "--steps-per-epoch", "6", "--num-eval-episodes", "2", "--batch-size", "8"]
+TINY += ["--precision", "fp32", "--dropout", "0.2"]
+SHAPE = {"state_dim": 11, "act_dim": 3, "max_timestep": 1000}
 
 
 def sample_args(module, **changes):
-    """Arguments of a script for the bundled Hopper data, as parse_arguments fills them in."""
-    defaults = dict(env="Hopper-v5", dataset="sample/hopper/medium-v0", sample=True, device="cpu", precision="fp32")
-    return module.Args(**defaults | dict(target_return=3600.0) | changes)
+    """Arguments of a script for the bundled Hopper data, as complete_arguments leaves them."""
+    fields = {
+        "env": "Hopper-v5",
+        "dataset": "sample/hopper/medium-v0",
+        "sample": True,
+        "device": "cpu",
+        "precision": "fp32",
+        "target_return": 3600.0,
+    }
+    return module.Args(**{**fields, **changes})
 
 
-def make_model(module, backbone, load=None, **shape):
-    """The model that a script would start training from, in evaluation mode."""
-    torch.manual_seed(0)
-    args = sample_args(module)
-    args.backbone = backbone
-    blocks, final_norm, weights, _ = (load or module.load_backbone)(args)
-    model = module.DecisionTransformer(blocks, final_norm, **SHAPE | shape)
-    model.transformer.load_state_dict(model.transformer.state_dict() | weights)
-    return model.eval()
+def load_data(module, args):
+    env = module.make_env(args, 1)
+    return module.OfflineData(module.load_episodes(args, env), torch.device("cpu"))
+
+
+def make_model(module, backbone, seed=0, **changes):
+    """The model that a script would start training from, in evaluation mode.
+
+    `backbone` is a name, or a Backbone.
+    """
+    if isinstance(backbone, str):
+        backbone = module.load_backbone(sample_args(module, backbone=backbone))
+    args = sample_args(module, seed=seed)
+    return module.make_model(args, backbone, **{**SHAPE, **changes}).eval()
 
 
 @pytest.fixture
 def run_script(tmp_path, monkeypatch, capfd):
-    """Run a script as `python script.py arguments` would, in an empty folder; returns its exit status and output."""
+    """Run `python script.py arguments` in an empty folder; returns its exit status and output."""
 
     def run(script, *arguments):
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
         capfd.readouterr()
         status = 0
         try:
@@ -70,16 +82,20 @@ def start(folder, *arguments, program=("dt_pretrained.py",), **options):
     )
 
 
+def without_progress_bars(text):
+    lines = text.replace("\r", "\n").splitlines()
+    return [line for line in lines if line.strip() and "|" not in line]
+
+
 def finish(process):
-    """Wait for a program; returns its exit status and its output, errors without progress bars."""
-    out, err = process.communicate(timeout=200)
+    """Wait for a program; returns its exit status, its output and its errors, line by line."""
+    out, err = process.communicate(timeout=300)
     assert "Traceback" not in err, err
-    lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip() and "|" not in line]
-    return process.returncode, out, lines
+    return process.returncode, out, without_progress_bars(err)
 
 
-def sentence(result, *words):
-    """Check that a script has ended with exit status 2 and one sentence with these words."""
-    lines = [line for line in result.err.replace("\r", "\n").splitlines() if line.strip() and "|" not in line]
+def assert_one_sentence(result, *words):
+    """A script has ended with exit status 2 and one sentence with these words."""
+    lines = without_progress_bars(result.err)
     assert result.status == 2 and len(lines) == 1 and "Traceback" not in result.err, result.err
     assert all(word in lines[0] for word in words), lines[0]

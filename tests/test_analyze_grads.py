@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, make_model, sample_args, sentence
+from conftest import ROOT, TINY, make_model, sample_args, assert_one_sentence
 
 import analyze_grads as ag
 
@@ -42,7 +42,9 @@ def test_norms_and_cosines_equal_a_plain_loop(backbone, chunk_size):
     model, windows = model_and_windows(backbone)
     in_blocks, total, cosines = ag.gradient_statistics(model, windows, 5, chunk_size)
     plain = plain_gradients(model, windows)
-    np.testing.assert_allclose(total, [torch.cat([g.flatten() for g in p.values()]).norm() for p in plain], rtol=1e-4)
+    np.testing.assert_allclose(
+        total, [torch.cat([g.flatten() for g in p.values()]).norm() for p in plain], rtol=1e-4
+    )
     sets = [name for name in plain[0] if name.startswith("transformer.h.")]
     flat = torch.stack([torch.cat([p[name].flatten() for name in sets]) for p in plain])
     np.testing.assert_allclose(in_blocks, flat.norm(dim=1), rtol=1e-4)
@@ -68,10 +70,18 @@ class Toy(torch.nn.Module):
 def test_opposite_targets_give_minus_one():
     states, actions = torch.randn(1, 3, 4).expand(2, 3, 4), torch.randn(1, 3, 2)
     valid = torch.ones(2, 3).bool()
-    windows = (torch.zeros(2, 3, 1), states, torch.cat([actions, -actions]), torch.zeros(2, 3).long(), valid)
+    windows = (
+        torch.zeros(2, 3, 1),
+        states,
+        torch.cat([actions, -actions]),
+        torch.zeros(2, 3).long(),
+        valid,
+    )
     _, total, cosines = ag.gradient_statistics(Toy(), windows, 2, 1)
     assert abs(cosines[0, 1] + 1) < 1e-5 and abs(cosines[0, 0] - 1) < 1e-5
-    expected = 2 * (actions[0].T @ states[0]) / 6  # of the mean of (W s - a)^2 over 3 steps and 2 dimensions, at W = 0
+    expected = (
+        2 * (actions[0].T @ states[0]) / 6
+    )  # of the mean of (W s - a)^2 over 3 steps and 2 dimensions, at W = 0
     assert abs(total[0] - expected.norm()) < 1e-5
 
 
@@ -86,7 +96,9 @@ def test_clipped_norms_are_those_of_the_blocks_after_clipping_everything(thresho
         total = np.hypot(scale, outside)
         torch.nn.utils.clip_grad_norm_(model.parameters(), threshold or float("inf"))
         expected = model.transformer.h[0].weight.grad.norm().item()
-        assert abs(ag.clipped_norm(np.array(scale), np.array(total), threshold) / expected - 1) < 1e-4
+        assert (
+            abs(ag.clipped_norm(np.array(scale), np.array(total), threshold) / expected - 1) < 1e-4
+        )
 
 
 @pytest.mark.parametrize("threshold", [0.25, 0])
@@ -108,18 +120,25 @@ def test_parameter_change():
     before = {name: x.clone() for name, x in make_model(ag, "gpt2").state_dict().items()}
     changes, whole = ag.parameter_change(before, before)
     for change in (whole, *changes.values()):
-        assert change["distance"] == change["relative_distance"] == 0 and abs(change["cosine"] - 1) < 1e-12
+        assert (
+            change["distance"] == change["relative_distance"] == 0
+            and abs(change["cosine"] - 1) < 1e-12
+        )
     name, perturbation = "transformer.h.2.mlp.c_fc.weight", torch.randn(128, 512)
     after = before | {name: before[name] + perturbation}
     changes, whole = ag.parameter_change(before, after)
     moved = changes.pop("2.mlp.c_fc.weight")
     assert all(change["distance"] == 0 for change in changes.values()) and len(changes) == 47
-    length = sum(x.norm() ** 2 for name, x in before.items() if name.startswith("transformer.h.")) ** 0.5
+    length = (
+        sum(x.norm() ** 2 for name, x in before.items() if name.startswith("transformer.h.")) ** 0.5
+    )
     assert abs(whole["distance"] - moved["distance"]) < 1e-6
     assert abs(whole["relative_distance"] - moved["distance"] / length) < 1e-4
     assert abs(moved["distance"] - perturbation.norm()) < 1e-3
     assert abs(moved["relative_distance"] - perturbation.norm() / before[name].norm()) < 1e-4
-    expected = torch.nn.functional.cosine_similarity(before[name].flatten(), after[name].flatten(), dim=0)
+    expected = torch.nn.functional.cosine_similarity(
+        before[name].flatten(), after[name].flatten(), dim=0
+    )
     assert abs(moved["cosine"] - expected) < 1e-5
     zero = {name: torch.zeros(3)}  # where there was no direction there is no cosine
     change = ag.parameter_change(zero, {name: torch.ones(3)})[0]["2.mlp.c_fc.weight"]
@@ -144,7 +163,9 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / all_gradie
 
 def test_memory_is_that_of_a_block_not_of_all():
     """Peak memory in a process of its own, as a share of 30 gradients of six blocks: one block is a sixth."""
-    result = subprocess.run([sys.executable, "-c", MEASURE], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE], cwd=ROOT, capture_output=True, text=True
+    )
     share = float(result.stdout)
     print(f"peak memory {share:.2f} of all gradients")
     assert share < 0.5
@@ -162,38 +183,64 @@ def test_train_and_analyse(run_script, tmp_path):
     trained = [("igpt", 0.25), ("igpt", 0)]
     assert [(r["backbone"], r["clip"]) for r in results] == trained
     for r in results:
-        assert len(r["norm_before"]) == 5 and len(r["cosines"]) == 6 and r["confusion"] == min(r["cosines"])
+        assert (
+            len(r["norm_before"]) == 5
+            and len(r["cosines"]) == 6
+            and r["confusion"] == min(r["cosines"])
+        )
         clipped = np.mean(np.array(r["norm_before"]) > r["clip"]) if r["clip"] else 0
-        assert max(r["norm_after"]) <= (r["clip"] or np.inf) and np.all(np.array(r["norm_after"]) < r["norm_before"])
+        assert max(r["norm_after"]) <= (r["clip"] or np.inf) and np.all(
+            np.array(r["norm_after"]) < r["norm_before"]
+        )
         assert r["clipped_windows"] == clipped and r["median_norm"] == np.median(r["norm_before"])
         assert abs(r["mean_cosine"] - np.mean(r["cosines"])) < 1e-9
         assert abs(sum(values["share"] for values in r["sets"].values()) - 1) < 1e-6
         assert r["distance"] > 0 and 0 < r["cosine"] < 1
-        assert abs(sum(values["distance"] ** 2 for values in r["sets"].values()) ** 0.5 - r["distance"]) < 1e-6
+        assert (
+            abs(
+                sum(values["distance"] ** 2 for values in r["sets"].values()) ** 0.5 - r["distance"]
+            )
+            < 1e-6
+        )
     names = ("gradient_windows", "gradient_per_set", "clipping", "parameter_change")
     assert all((folder / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in names)
     assert "confusion" in result.out
 
-    result = run_script(SCRIPT, "--resume", "runs/a", "--num-epochs", "2")  # the study is trained on
+    result = run_script(
+        SCRIPT, "--resume", "runs/a", "--num-epochs", "2"
+    )  # the study is trained on
     assert result.status == 0, result.err
     longer = json.loads((folder / "results.json").read_text())
-    assert [(r["backbone"], r["epoch"]) for r in longer] == [(backbone, 2) for backbone, _ in trained]
+    assert [(r["backbone"], r["epoch"]) for r in longer] == [
+        (backbone, 2) for backbone, _ in trained
+    ]
     assert all(len(r["records"]) == 3 for r in longer)
 
 
 def test_analyse_earlier_runs(run_script, tmp_path):
     """Checkpoints of the other scripts, a mixed model among them."""
     size = [*TINY, "--num-epochs", "1"]
-    assert run_script("dt_pretrained.py", *size, "--backbone", "gpt2", "--run-name", "b").status == 0
+    assert (
+        run_script("dt_pretrained.py", *size, "--backbone", "gpt2", "--run-name", "b").status == 0
+    )
     mixed = ["--replace-blocks", "1", "--attention-windows", "0", "--run-name", "c"]
     assert run_script("dt_no_context.py", *size, *mixed).status == 0
     runs = ["--runs", "runs/b", "runs/c/block_1", "--epochs", "0", "1", "--run-name", "a"]
     result = run_script(SCRIPT, *SIZE, *runs)
     assert result.status == 0, result.err
     results = json.loads((tmp_path / "runs" / "a" / "results.json").read_text())
-    expected = [("b, epoch 0", 20), ("b, epoch 1", 20), ("block_1, epoch 0", 1), ("block_1, epoch 1", 1)]
+    expected = [
+        ("b, epoch 0", 20),
+        ("b, epoch 1", 20),
+        ("block_1, epoch 0", 1),
+        ("block_1, epoch 1", 1),
+    ]
     assert [(r["run"], r["K"]) for r in results] == expected
-    assert results[0]["distance"] == 0 and abs(results[0]["cosine"] - 1) < 1e-9 and results[1]["distance"] > 0
+    assert (
+        results[0]["distance"] == 0
+        and abs(results[0]["cosine"] - 1) < 1e-9
+        and results[1]["distance"] > 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -208,4 +255,4 @@ def test_analyse_earlier_runs(run_script, tmp_path):
     ],
 )
 def test_bad_input_ends_with_one_sentence(arguments, said, run_script):
-    sentence(run_script(SCRIPT, *SIZE, *arguments), *said)
+    assert_one_sentence(run_script(SCRIPT, *SIZE, *arguments), *said)

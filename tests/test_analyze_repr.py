@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from conftest import TINY, make_model, sample_args, sentence
+from conftest import TINY, make_model, sample_args, assert_one_sentence
 from test_model import reference_backbone
 
 import analyze_repr as ar
@@ -44,16 +44,24 @@ def cka_of(x, y):
 def hsic_by_its_formula(K, L):
     """The unbiased estimator as Song et al. 2012 (equation 5) and Kornblith et al.'s debiased CKA define it."""
     n = len(K)
-    K, L, one = K - torch.diag(K.diagonal()), L - torch.diag(L.diagonal()), torch.ones(n, dtype=torch.float64)
+    K, L, one = (
+        K - torch.diag(K.diagonal()),
+        L - torch.diag(L.diagonal()),
+        torch.ones(n, dtype=torch.float64),
+    )
     total = (
-        torch.trace(K @ L) + (one @ K @ one) * (one @ L @ one) / ((n - 1) * (n - 2)) - 2 / (n - 2) * (one @ K @ L @ one)
+        torch.trace(K @ L)
+        + (one @ K @ one) * (one @ L @ one) / ((n - 1) * (n - 2))
+        - 2 / (n - 2) * (one @ K @ L @ one)
     )
     return total / (n * (n - 3))
 
 
 def cka_by_its_formula(x, y):
     K, L = (v.double() @ v.double().T for v in (x, y))
-    return (hsic_by_its_formula(K, L) / (hsic_by_its_formula(K, K) * hsic_by_its_formula(L, L)).sqrt()).item()
+    return (
+        hsic_by_its_formula(K, L) / (hsic_by_its_formula(K, K) * hsic_by_its_formula(L, L)).sqrt()
+    ).item()
 
 
 def test_cka_is_blind_to_rotation_scale_and_translation():
@@ -75,15 +83,24 @@ def test_cka_of_independent_features_is_near_zero_and_the_biased_one_is_not():
 
 def test_all_layers_at_once_equal_the_formula_pair_by_pair():
     common = torch.randn(50, 10)
-    layers = [torch.randn(50, width) + common @ torch.randn(10, width) * i for i, width in enumerate((5, 20, 80, 30))]
+    layers = [
+        torch.randn(50, width) + common @ torch.randn(10, width) * i
+        for i, width in enumerate((5, 20, 80, 30))
+    ]
     grams = ar.gram_matrices(layers)
     matrix = ar.cka(grams, grams)
     expected = [[cka_by_its_formula(x, y) for y in layers] for x in layers]
     np.testing.assert_allclose(matrix, expected, rtol=1e-9, atol=1e-9)
     assert torch.equal(matrix, matrix.T) and matrix[2, 3] > 0.5
-    x, y = layers[1], layers[2]  # and a U-statistic it is: an average over all quadruples of different windows
+    x, y = (
+        layers[1],
+        layers[2],
+    )  # and a U-statistic it is: an average over all quadruples of different windows
     n, K, L = 8, (x[:8] @ x[:8].T).double(), (y[:8] @ y[:8].T).double()
-    terms = [K[i, j] * (L[i, j] + L[q, r] - 2 * L[i, q]) for i, j, q, r in itertools.permutations(range(n), 4)]
+    terms = [
+        K[i, j] * (L[i, j] + L[q, r] - 2 * L[i, q])
+        for i, j, q, r in itertools.permutations(range(n), 4)
+    ]
     assert abs(torch.stack(terms).mean() / hsic_by_its_formula(K, L) - 1) < 1e-9
 
 
@@ -102,13 +119,17 @@ def test_activations_are_those_of_transformers(backbone):
     reference = reference_backbone(backbone, fresh=False)
     theirs = {}
     for name in names:
-        reference.h.get_submodule(name).register_forward_hook(lambda module, x, y, name=name: theirs.update({name: y}))
+        reference.h.get_submodule(name).register_forward_hook(
+            lambda module, x, y, name=name: theirs.update({name: y})
+        )
     reference(inputs_embeds=model.embed(*windows[:4]), use_cache=False)
     assert list(ours) == names and len(names) == 36
     for name in names:
         expected = theirs[name][:, positions].transpose(0, 1)
         assert ours[name].shape == (3, 7, expected.shape[-1])
-        torch.testing.assert_close(ours[name], expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+        torch.testing.assert_close(
+            ours[name], expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item()
+        )
     assert ours["2.mlp.c_fc"].shape[-1] == 512 and not model.transformer.h[0].ln_1._forward_hooks
 
 
@@ -144,14 +165,19 @@ def test_gaussians_have_the_information_of_the_closed_form(dimensions, rhos):
     for rho, *values in zip(rhos, held_out, training, truth):
         numbers = "held out {:.2f}, training {:.2f}, truth {:.2f}".format(*values)
         print(f"dimension {dimensions}, correlation {rho}: {numbers}")
-    assert all(abs(a - b) < max(0.1, 0.15 * b) for a, b in zip(held_out, truth)) and abs(held_out[0]) < 0.1
+    assert (
+        all(abs(a - b) < max(0.1, 0.15 * b) for a, b in zip(held_out, truth))
+        and abs(held_out[0]) < 0.1
+    )
 
 
 def test_the_papers_settings_memorize():
     """A fifth of their passes finds "information" in independent variables, and less than none held out."""
     settings = dict(mine_windows=100, mine_batch_size=50, mine_passes=200, mine_paper_settings=True)
     held_out, training, truth = estimate([(10, rho) for rho in (0, 0.6)], **settings)
-    print(f"paper's settings: training {training.round(2)}, held out {held_out.round(2)}, truth {np.round(truth, 2)}")
+    print(
+        f"paper's settings: training {training.round(2)}, held out {held_out.round(2)}, truth {np.round(truth, 2)}"
+    )
     assert training.min() > 2 and held_out[0] < -1 and truth[0] == 0
 
 
@@ -162,9 +188,14 @@ def plain_mine(x, t, seed):
     """One estimator as a textbook writes it; the moving average corrects the gradient of the logarithm."""
     generator = torch.Generator().manual_seed(seed)
     start = ar.StatisticsNetworks(1, x.shape[1] + t.shape[1], generator)
-    network = nn.Sequential(*(layer for w in start.weights for layer in (nn.Linear(*w.shape[1:]), nn.ReLU())))[:-1]
+    network = nn.Sequential(
+        *(layer for w in start.weights for layer in (nn.Linear(*w.shape[1:]), nn.ReLU()))
+    )[:-1]
     for layer, weight, bias in zip(network[::2], start.weights, start.biases):
-        layer.weight.data, layer.bias.data = weight[0].T.detach().clone(), bias[0, 0].detach().clone()
+        layer.weight.data, layer.bias.data = (
+            weight[0].T.detach().clone(),
+            bias[0, 0].detach().clone(),
+        )
     optimizer, average = torch.optim.Adam(network.parameters(), 1e-4), None
     half, n = SMALL["mine_windows"], SMALL["mine_batch_size"]
     x, t = ((v - v[:half].mean(0)) / v[:half].std(0) for v in (x, t))
@@ -184,7 +215,9 @@ def plain_mine(x, t, seed):
         windows = torch.arange(half) + first
         partners = torch.randperm(half, generator=generator) + first
         joint = network(torch.cat([x[windows], t[windows]], 1)).mean()
-        values.append((joint - network(torch.cat([x[partners], t[windows]], 1)).exp().mean().log()).item())
+        values.append(
+            (joint - network(torch.cat([x[partners], t[windows]], 1)).exp().mean().log()).item()
+        )
     return values
 
 
@@ -192,7 +225,8 @@ def test_side_by_side_equals_one_at_a_time_and_a_plain_loop():
     x, t, _ = zip(*(gaussians(3, rho, 180) for rho in (0, 0.5, 0.9)))
     pairs = [(x[0], t[0]), (x[1], t[1]), (x[2], t[2]), (x[0], t[2])]
     together, alone, threes = (
-        ar.mutual_information(pairs, ar.Args(mine_group=group, **SMALL), "cpu") for group in (100, 1, 3)
+        ar.mutual_information(pairs, ar.Args(mine_group=group, **SMALL), "cpu")
+        for group in (100, 1, 3)
     )
     plain = [[plain_mine(*pair, seed) for seed in (5, 6)] for pair in pairs]
     np.testing.assert_allclose(together, alone, rtol=1e-3, atol=1e-5)
@@ -202,11 +236,25 @@ def test_side_by_side_equals_one_at_a_time_and_a_plain_loop():
 
 
 def test_networks_start_as_nn_linear_does():
-    networks, linear = ar.StatisticsNetworks(2, 300, torch.Generator().manual_seed(3)), nn.Linear(300, 400)
-    assert [tuple(w.shape[1:]) for w in networks.weights] == [(300, 400), (400, 400), (400, 400), (400, 1)]
+    networks, linear = (
+        ar.StatisticsNetworks(2, 300, torch.Generator().manual_seed(3)),
+        nn.Linear(300, 400),
+    )
+    assert [tuple(w.shape[1:]) for w in networks.weights] == [
+        (300, 400),
+        (400, 400),
+        (400, 400),
+        (400, 1),
+    ]
     assert torch.equal(networks.weights[1][0], networks.weights[1][1])
-    for ours, theirs in ((networks.weights[0][1], linear.weight), (networks.biases[0], linear.bias)):
-        assert abs(ours.std() / theirs.std() - 1) < 0.1 and ours.abs().max() < 300**-0.5 < ours.abs().max() * 1.05
+    for ours, theirs in (
+        (networks.weights[0][1], linear.weight),
+        (networks.biases[0], linear.bias),
+    ):
+        assert (
+            abs(ours.std() / theirs.std() - 1) < 0.1
+            and ours.abs().max() < 300**-0.5 < ours.abs().max() * 1.05
+        )
 
 
 def test_a_diverged_estimator_is_missing_and_the_others_are_not():
@@ -214,21 +262,29 @@ def test_a_diverged_estimator_is_missing_and_the_others_are_not():
     pairs = [(x[0], t[0]), (x[1] * 1e30, t[1]), (x[2], t[2])]
     args = ar.Args(mine_paper_settings=True, **SMALL)  # raw units, so that they can be too large
     held_out, training = ar.mutual_information(pairs, args, "cpu")
-    assert np.isnan(held_out[1]).all() and np.isfinite(held_out[[0, 2]]).all() and np.isfinite(training[0]).all()
+    assert (
+        np.isnan(held_out[1]).all()
+        and np.isfinite(held_out[[0, 2]]).all()
+        and np.isfinite(training[0]).all()
+    )
 
 
 def test_questions_of_the_paper():
     for blocks, shown in ((12, {0, 6, 11}), (24, {0, 12, 23}), (1, {0})):
         asked = ar.questions_about_model(blocks, 20, range(20))
         context = ar.select(asked, analysis="context")
-        assert {q["block"] for q in context} == shown and len(context) == len(shown) * 2 * 59  # every token but a_K
+        assert {q["block"] for q in context} == shown and len(context) == len(
+            shown
+        ) * 2 * 59  # every token but a_K
         for q in context:
             variable, representation = (q["token"], q["step"]), ("state", 19)
             if q["quantity"] == "I(Y;T)":
                 variable, representation = ("action", 19), (q["token"], q["step"])
             assert (q["variable"], q["representation"]) == (variable, representation)
         alone = ar.select(asked, analysis="no context")
-        assert len(alone) == blocks * 20 * 2 and all(q["representation"] == ("state", q["variable"][1]) for q in alone)
+        assert len(alone) == blocks * 20 * 2 and all(
+            q["representation"] == ("state", q["variable"][1]) for q in alone
+        )
     without_context = ar.questions_about_model(4, 1, [0])
     assert {q["token"] for q in without_context} == {"return", "state", "action"}
     assert not ar.select(without_context, analysis="context", token="action")
@@ -240,8 +296,12 @@ def test_answers_tell_a_dependent_representation_from_its_control():
     windows = [torch.randn(800, 2, width, generator=generator) for width in (1, 4, 2)]
     keys = itertools.product([0], ar.TOKENS, (0, 1))
     representations = {key: torch.randn(800, 6, generator=generator) for key in keys}
-    representations[0, "state", 1][:, :4] = windows[1][:, 1] * 5  # T(s_K) knows s_K, in other units, and nothing else
-    answers = ar.answer(ar.questions_about_model(1, 2, [0, 1]), windows, representations, args, "run")
+    representations[0, "state", 1][:, :4] = (
+        windows[1][:, 1] * 5
+    )  # T(s_K) knows s_K, in other units, and nothing else
+    answers = ar.answer(
+        ar.questions_about_model(1, 2, [0, 1]), windows, representations, args, "run"
+    )
     for a in answers:
         knows = a["variable"] == a["representation"] == ("state", 1) and not a["control"]
         assert (a["held_out"][0] > 1) == knows and (abs(a["held_out"][0]) < 0.2) != knows, a
@@ -254,7 +314,10 @@ def test_windows_are_whole_and_the_held_out_ones_from_other_episodes(capsys):
     data.windows = lambda starts, K: seen.append(starts) or windows(starts, K)
     args = ar.Args(cka_windows=100, mine_windows=500)
     chosen = ar.choose_windows(data, 20, args)
-    assert all(part[-1].all() for part in chosen) and [len(starts) for starts in seen] == [100, 1000]
+    assert all(part[-1].all() for part in chosen) and [len(starts) for starts in seen] == [
+        100,
+        1000,
+    ]
     training, held_out = seen[1].split(500)
     assert not {*data.episode_ends[training].tolist()} & {*data.episode_ends[held_out].tolist()}
     assert len(seen[1].unique()) == 1000
@@ -267,7 +330,9 @@ def test_data_is_shuffled_within_the_halves(monkeypatch):
     """A control must not see in its held-out half what it was trained on."""
     seen = []
     monkeypatch.setattr(
-        ar, "mutual_information", lambda pairs, *rest: seen.extend(pairs) or np.zeros((2, len(pairs), 1))
+        ar,
+        "mutual_information",
+        lambda pairs, *rest: seen.extend(pairs) or np.zeros((2, len(pairs), 1)),
     )
     windows = [torch.arange(80.0)[:, None, None].expand(80, 1, 1)] * 3
     representations = {(None, "action", 0): torch.zeros(80, 1)}
@@ -283,10 +348,18 @@ def test_data_is_shuffled_within_the_halves(monkeypatch):
 def test_representations_are_block_outputs_at_their_tokens(monkeypatch):
     model, data = model_and_data("gpt2")
     windows = data.windows(torch.arange(6), 3)
-    monkeypatch.setattr(ar, "answer", lambda asked, windows, representations, *rest: representations)
+    monkeypatch.setattr(
+        ar, "answer", lambda asked, windows, representations, *rest: representations
+    )
     representations = ar.measure_information(model, windows, ar.Args(), [0, 2], "")
     x = model.embed(*windows[:4])
-    positions = {("return", 0): 0, ("state", 0): 1, ("action", 0): 2, ("return", 2): 6, ("state", 2): 7}
+    positions = {
+        ("return", 0): 0,
+        ("state", 0): 1,
+        ("action", 0): 2,
+        ("return", 2): 6,
+        ("state", 2): 7,
+    }
     for block, module in enumerate(model.transformer.h):
         middle = x + module.attn(module.ln_1(x))
         output = module.mlp(module.ln_2(middle))
@@ -299,7 +372,10 @@ def test_representations_are_block_outputs_at_their_tokens(monkeypatch):
 
 
 def test_heat_maps_have_the_first_model_in_rows():
-    grams = {"a": torch.eye(4)[:2], "b": torch.eye(4)[1:]}  # the second layer of a is the first of b
+    grams = {
+        "a": torch.eye(4)[:2],
+        "b": torch.eye(4)[1:],
+    }  # the second layer of a is the first of b
     results = []
     for name, gram in grams.items():
         result = dict(run=name, env="Hopper-v4", K=20, seed=1, sample=False)
@@ -314,18 +390,29 @@ def test_heat_maps_have_the_first_model_in_rows():
 # ---------------------------------------------------------------------------------------------------------------
 # Whole runs
 # ---------------------------------------------------------------------------------------------------------------
-FIGURES = ["cka_before_after", "cka_heat_maps_return", "cka_heat_maps_state", "cka_heat_maps_action"]
+FIGURES = [
+    "cka_before_after",
+    "cka_heat_maps_return",
+    "cka_heat_maps_state",
+    "cka_heat_maps_action",
+]
 FIGURES += ["mutual_information", "information_per_block", "information_in_data"]
 
 
 def test_train_and_analyse(run_script, tmp_path):
-    result = run_script(SCRIPT, *SIZE, "--backbones", "random", "igpt", "--mine-repeats", "2", "--run-name", "a")
+    result = run_script(
+        SCRIPT, *SIZE, "--backbones", "random", "igpt", "--mine-repeats", "2", "--run-name", "a"
+    )
     assert result.status == 0, result.err
     folder = tmp_path / "runs" / "a"
     results = json.loads((folder / "results.json").read_text())
-    assert [(row["run"], row["token"]) for row in results["cka"]] == [*itertools.product(("random", "igpt"), ar.TOKENS)]
+    assert [(row["run"], row["token"]) for row in results["cka"]] == [
+        *itertools.product(("random", "igpt"), ar.TOKENS)
+    ]
     for row in results["cka"]:
-        assert len(row["layers"]) == 36 and row["layers_above"] == sum(value > 0.8 for value in row["layers"].values())
+        assert len(row["layers"]) == 36 and row["layers_above"] == sum(
+            value > 0.8 for value in row["layers"].values()
+        )
     assert {a["run"] for a in results["mutual_information"]} == {"data", "random", "igpt"}
     assert all(len(a["held_out"]) == len(a["training"]) == 2 for a in results["mutual_information"])
     assert all((folder / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in FIGURES)
@@ -343,7 +430,17 @@ def test_train_and_analyse(run_script, tmp_path):
 
 
 def test_before_and_after_are_compared_at_the_right_tokens(run_script, tmp_path):
-    run = [*TINY, "--num-epochs", "1", "--learning-rate", "0.02", "--warmup-steps", "0", "--backbone", "random"]
+    run = [
+        *TINY,
+        "--num-epochs",
+        "1",
+        "--learning-rate",
+        "0.02",
+        "--warmup-steps",
+        "0",
+        "--backbone",
+        "random",
+    ]
     assert run_script("dt_pretrained.py", *run, "--run-name", "a").status == 0
     folder = tmp_path / "runs" / "a"
     args = sample_args(ar, mine_windows=0)
@@ -353,13 +450,25 @@ def test_before_and_after_are_compared_at_the_right_tokens(run_script, tmp_path)
     assert not information and len(windows[0]) == 100
     models = [ar.load_model(folder / f"epoch_{epoch}.pt", "cpu")[0] for epoch in (0, 1)]
     for token, position in (("return", 57), ("state", 58), ("action", 59)):
-        before, after = (ar.activations(model, windows, {"2.ln_2": [position]})["2.ln_2"][0] for model in models)
+        before, after = (
+            ar.activations(model, windows, {"2.ln_2": [position]})["2.ln_2"][0] for model in models
+        )
         expected = cka_by_its_formula(before, after)
         assert abs(ar.similarity(result, token)[2 * 9 + 4] - expected) < 1e-6 and expected < 0.999
 
 
 def test_without_context(run_script, tmp_path):
-    size = [*SIZE, "--backbones", "random", "--context-length", "1", "--cka-windows", "0", "--run-name", "a"]
+    size = [
+        *SIZE,
+        "--backbones",
+        "random",
+        "--context-length",
+        "1",
+        "--cka-windows",
+        "0",
+        "--run-name",
+        "a",
+    ]
     result = run_script(SCRIPT, *size)
     assert result.status == 0, result.err
     results = json.loads((tmp_path / "runs" / "a" / "results.json").read_text())
@@ -379,11 +488,21 @@ def test_without_context(run_script, tmp_path):
     ],
 )
 def test_bad_input_ends_with_one_sentence(arguments, said, run_script):
-    sentence(run_script(SCRIPT, *SIZE, *arguments), *said)
+    assert_one_sentence(run_script(SCRIPT, *SIZE, *arguments), *said)
 
 
 def test_runs_that_saw_other_data_are_refused(run_script):
     for name, environment in (("a", "Hopper-v4"), ("b", "Walker2d-v4")):
-        run = [*TINY, "--num-epochs", "1", "--backbone", "random", "--env", environment, "--run-name", name]
+        run = [
+            *TINY,
+            "--num-epochs",
+            "1",
+            "--backbone",
+            "random",
+            "--env",
+            environment,
+            "--run-name",
+            name,
+        ]
         assert run_script("dt_pretrained.py", *run).status == 0
-    sentence(run_script(SCRIPT, *SIZE, "--runs", "runs/a", "runs/b"), "--env")
+    assert_one_sentence(run_script(SCRIPT, *SIZE, "--runs", "runs/a", "runs/b"), "--env")

@@ -6,7 +6,7 @@ import build_assets
 import pytest
 import torch
 import transformers
-from conftest import ASSETS, sample_args, sentence
+from conftest import ASSETS, sample_args, assert_one_sentence
 
 import dt_pretrained as dt
 
@@ -16,12 +16,17 @@ def test_entropy_rate_of_chains_with_known_answers():
     assert abs(build_assets.entropy_rate(uniform) - math.log(100)) < 1e-9
     cycle = torch.eye(5, dtype=torch.float64).roll(1, dims=1)
     assert abs(build_assets.entropy_rate(cycle)) < 1e-9
-    p, q = 0.1, 0.4  # two states that are left with probability p and q; they are held q and p of the time
+    p, q = (
+        0.1,
+        0.4,
+    )  # two states that are left with probability p and q; they are held q and p of the time
     two = torch.tensor([[1 - p, p], [q, 1 - q]], dtype=torch.float64)
     entropies = [-x * math.log(x) - (1 - x) * math.log(1 - x) for x in (p, q)]
     expected = (q * entropies[0] + p * entropies[1]) / (p + q)
     assert abs(build_assets.entropy_rate(two) - expected) < 1e-9
-    torch.testing.assert_close(build_assets.stationary_distribution(two), torch.tensor([0.8, 0.2], dtype=torch.float64))
+    torch.testing.assert_close(
+        build_assets.stationary_distribution(two), torch.tensor([0.8, 0.2], dtype=torch.float64)
+    )
 
 
 def test_walks_follow_the_transitions():
@@ -44,22 +49,40 @@ def test_the_bundled_backbone_has_learned_its_chain(name, temperature):
     model = transformers.GPT2LMHeadModel.from_pretrained(ASSETS / name, dtype=torch.float32).eval()
     torch.manual_seed(5)
     with torch.no_grad():
-        loss = build_assets.causal_loss(model, build_assets.walk(transitions, start, 64, 200)).item()
-    rate, no_transitions = build_assets.entropy_rate(transitions), -(start * start.log()).sum().item()
-    print(f"{name}: cross-entropy {loss:.3f}, entropy rate {rate:.3f}, stationary distribution {no_transitions:.3f}")
-    assert rate - 0.03 < loss < no_transitions + 0.01 and (temperature == 1 or loss < (rate + no_transitions) / 2)
-    blocks, _, weights, _ = dt.load_backbone(sample_args(dt, backbone=name))
-    assert len(blocks) == 4 and torch.equal(weights["h.3.mlp.c_fc.weight"], model.transformer.h[3].mlp.c_fc.weight)
+        loss = build_assets.causal_loss(
+            model, build_assets.walk(transitions, start, 64, 200)
+        ).item()
+    rate, no_transitions = (
+        build_assets.entropy_rate(transitions),
+        -(start * start.log()).sum().item(),
+    )
+    print(
+        f"{name}: cross-entropy {loss:.3f}, entropy rate {rate:.3f}, stationary distribution {no_transitions:.3f}"
+    )
+    assert rate - 0.03 < loss < no_transitions + 0.01 and (
+        temperature == 1 or loss < (rate + no_transitions) / 2
+    )
+    backbone = dt.load_backbone(sample_args(dt, backbone=str(ASSETS / name)))
+    assert len(backbone.blocks) == 4 and torch.equal(
+        backbone.weights["h.3.mlp.c_fc.weight"], model.transformer.h[3].mlp.c_fc.weight
+    )
 
 
 def test_a_folder_made_by_the_builder_is_a_backbone(tmp_path):
     args = build_assets.Args(steps=24, n_layer=2, n_head=2, n_embd=32)
     build_assets.build_markov(args, tmp_path / "mine", 0.5)
-    blocks, _, weights, source = dt.load_backbone(sample_args(dt, backbone=str(tmp_path / "mine")))
-    assert [(block.n_embd, block.n_head) for block in blocks] == [(32, 2)] * 2 and len(weights) == 26
+    blocks, _, weights, _, source = dt.load_backbone(
+        sample_args(dt, backbone=str(tmp_path / "mine"))
+    )
+    assert [(block.n_embd, block.n_head) for block in blocks] == [(32, 2)] * 2 and len(
+        weights
+    ) == 26
     assert source == str(tmp_path / "mine")
 
 
 def test_without_the_sample_it_says_how_to_make_one(run_script):
     data = ["--dataset", "sample/hopper/medium-v0"]
-    sentence(run_script("dt_pretrained.py", "--backbone", "markov", *data), "tests/build_assets.py --what markov")
+    assert_one_sentence(
+        run_script("dt_pretrained.py", "--backbone", "markov", *data),
+        "build_assets.py --what markov",
+    )

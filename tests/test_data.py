@@ -7,7 +7,7 @@ import minari
 import numpy as np
 import pytest
 import torch
-from conftest import ASSETS, sample_args
+from conftest import ASSETS, load_data, sample_args
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dt_pretrained as dt
@@ -16,8 +16,7 @@ ENVS = {"hopper": "Hopper-v5", "halfcheetah": "HalfCheetah-v5", "walker2d": "Wal
 
 
 def load(dataset, env="Hopper-v5"):
-    args = sample_args(dt, env=env, dataset=str(dataset))
-    return dt.OfflineData(args, dt.make_env(args, 1), torch.device("cpu"))
+    return load_data(dt, sample_args(dt, env=env, dataset=str(dataset)))
 
 
 def write_d4rl(path, episodes, unfinished=0, **changes):
@@ -25,7 +24,9 @@ def write_d4rl(path, episodes, unfinished=0, **changes):
     columns = {name: [] for name in ("observations", "actions", "rewards", "terminals", "timeouts")}
     for observations, actions, rewards, terminated in episodes:
         last = np.arange(len(rewards)) == len(rewards) - 1
-        for name, x in zip(columns, (observations, actions, rewards, last & terminated, last & (not terminated))):
+        for name, x in zip(
+            columns, (observations, actions, rewards, last & terminated, last & (not terminated))
+        ):
             columns[name].append(x)
     if unfinished:
         observations, actions, rewards, _ = episodes[0]
@@ -44,13 +45,18 @@ def made_up_episodes(lengths, state_dim=11, act_dim=3):
     episodes = []
     for i, n in enumerate(lengths):
         observations, actions = rng.normal(3, 2, (n, state_dim)), rng.uniform(-1, 1, (n, act_dim))
-        episodes.append((observations.astype("f4"), actions.astype("f4"), rng.normal(size=n), i % 2 == 0))
+        episodes.append(
+            (observations.astype("f4"), actions.astype("f4"), rng.normal(size=n), i % 2 == 0)
+        )
     return episodes
 
 
 def bundled_episodes(name):
     raw = minari.MinariDataset(ASSETS / "minari" / "sample" / name / "medium-v0" / "data")
-    return [(e.observations[:-1], e.actions, e.rewards, e.terminations[-1]) for e in raw.iterate_episodes()]
+    return [
+        (e.observations[:-1], e.actions, e.rewards, e.terminations[-1])
+        for e in raw.iterate_episodes()
+    ]
 
 
 def plain_window(episodes, start, K):
@@ -65,7 +71,9 @@ def plain_window(episodes, start, K):
     window = []
     for t in range(start, start + K):
         if t < len(rewards):
-            window.append((sum(rewards[t:]) / 1000, (observations[t] - mean) / std, actions[t], t, True))
+            window.append(
+                (sum(rewards[t:]) / 1000, (observations[t] - mean) / std, actions[t], t, True)
+            )
         else:
             window.append((0.0, 0 * mean, 0 * actions[0], 0, False))
     return [np.array(column) for column in zip(*window)]
@@ -80,7 +88,9 @@ def test_windows_equal_a_plain_loop(K, tmp_path):
     returns_to_go, states, actions, timesteps, valid = data.windows(starts, K)
     for i in starts:
         plain = plain_window(episodes, i.item(), K)
-        for ours, theirs in zip((returns_to_go[i, :, 0], states[i], actions[i], timesteps[i], valid[i]), plain):
+        for ours, theirs in zip(
+            (returns_to_go[i, :, 0], states[i], actions[i], timesteps[i], valid[i]), plain
+        ):
             np.testing.assert_allclose(ours.numpy(), theirs, atol=2e-6)
 
 
@@ -92,12 +102,16 @@ def test_bundled_windows_equal_a_plain_loop():
     for i, start in enumerate(starts):
         plain = plain_window(episodes, start.item(), 20)
         for ours, theirs in zip(data.windows(starts, 20), plain):
-            np.testing.assert_allclose(ours[i].squeeze(-1) if ours.shape[-1] == 1 else ours[i], theirs, atol=1e-5)
+            np.testing.assert_allclose(
+                ours[i].squeeze(-1) if ours.shape[-1] == 1 else ours[i], theirs, atol=1e-5
+            )
 
 
 @pytest.mark.parametrize("name", ENVS)
 def test_minari_and_d4rl_of_the_same_trajectories_give_the_same_tensors(name, tmp_path):
-    path = write_d4rl(tmp_path / "d4rl.hdf5", bundled_episodes(name), unfinished=4)  # D4RL's last one is cut off
+    path = write_d4rl(
+        tmp_path / "d4rl.hdf5", bundled_episodes(name), unfinished=4
+    )  # D4RL's last one is cut off
     from_minari, from_d4rl = load(f"sample/{name}/medium-v0", ENVS[name]), load(path, ENVS[name])
     assert 20_000 <= len(from_minari.states) < 40_000
     for field, expected in vars(from_minari).items():
@@ -112,8 +126,10 @@ def test_states_are_normalized_and_actions_in_range():
 
 def test_minari_id_in_the_local_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    shutil.copytree(ASSETS / "minari/sample/hopper/medium-v0", tmp_path / "mujoco" / "hopper" / "medium-v0")
-    data = load(dt.TASKS["Hopper"][0])
+    shutil.copytree(
+        ASSETS / "minari/sample/hopper/medium-v0", tmp_path / "mujoco" / "hopper" / "medium-v0"
+    )
+    data = load(dt.TASKS["Hopper"].dataset)
     assert torch.equal(data.states, load("sample/hopper/medium-v0").states)
 
 
@@ -123,15 +139,18 @@ class NoFloat64(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for x in out if isinstance(out, (tuple, list)) else (out,):
-            assert not (torch.is_tensor(x) and x.dtype == torch.float64 and x.device.type != "cpu"), func
+            assert not (
+                torch.is_tensor(x) and x.dtype == torch.float64 and x.device.type != "cpu"
+            ), func
         return out
 
 
 def test_no_float64_reaches_the_device():
     """The meta device stands for one that has none."""
     args = sample_args(dt)
+    episodes = dt.load_episodes(args, dt.make_env(args, 1))
     with NoFloat64():
-        data = dt.OfflineData(args, dt.make_env(args, 1), torch.device("meta"))
+        data = dt.OfflineData(episodes, torch.device("meta"))
     assert {x.dtype for x in vars(data).values()} == {torch.float32, torch.int64}
     assert {x.device.type for x in vars(data).values()} == {"meta"}
     with pytest.raises(AssertionError), NoFloat64():  # and it would be noticed
@@ -163,7 +182,9 @@ def test_truncated_hdf5_is_refused(keep, tmp_path, capsys):
 def minari_copy(tmp_path, monkeypatch):
     """A copy of the bundled Hopper data as local/hopper/medium-v0, to be damaged; returns its file."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    shutil.copytree(ASSETS / "minari/sample/hopper/medium-v0", tmp_path / "local" / "hopper" / "medium-v0")
+    shutil.copytree(
+        ASSETS / "minari/sample/hopper/medium-v0", tmp_path / "local" / "hopper" / "medium-v0"
+    )
     return tmp_path / "local" / "hopper" / "medium-v0" / "data" / "main_data.hdf5"
 
 
@@ -185,18 +206,18 @@ EPISODES = made_up_episodes([5, 6])
 @pytest.mark.parametrize(
     "changes,said",
     [
-        (dict(rewards=np.full(11, np.nan)), "non-finite"),
-        (dict(observations=np.full((11, 11), np.inf)), "non-finite"),
+        (dict(rewards=np.full(11, np.nan)), "not finite"),
+        (dict(observations=np.full((11, 11), np.inf)), "not finite"),
         (dict(terminals=np.zeros(11, bool), timeouts=np.zeros(11, bool)), "no episode"),
         (dict(observations=EPISODES[0][0]), "length"),
-        (dict(terminals=np.zeros(9, bool)), "length"),
-        (dict(timeouts=np.ones(14, bool)), "length"),
-        (dict(observations=np.full((11, 11), b"12")), "cast"),
-        (dict(actions=np.full((11, 3), 1 + 1j)), "cast"),
-        (dict(rewards=np.full(11, b"1.5")), ""),
-        (dict(actions=np.zeros(11)), "dimensions"),
-        (dict(observations=np.zeros((11, 11, 2))), "dimensions"),
-        (dict(rewards=np.zeros((11, 2))), "dimensions"),
+        (dict(terminals=np.zeros(9, bool)), "shapes"),
+        (dict(timeouts=np.ones(14, bool)), "shapes"),
+        (dict(observations=np.full((11, 11), b"12")), "numbers"),
+        (dict(actions=np.full((11, 3), 1 + 1j)), "numbers"),
+        (dict(rewards=np.full(11, b"1.5")), "numbers"),
+        (dict(actions=np.zeros(11)), "shape"),
+        (dict(observations=np.zeros((11, 11, 2))), "shape"),
+        (dict(rewards=np.zeros((11, 2))), "shape"),
         (dict(terminals=np.float64(3)), ""),
     ],
 )

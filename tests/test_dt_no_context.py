@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import ASSETS, TINY, make_model, sample_args, sentence
+from conftest import ASSETS, TINY, make_model, sample_args, assert_one_sentence
 
 import dt_no_context as dt
 
@@ -17,7 +17,13 @@ SIZE = [*TINY, "--num-epochs", "2", "--attention-windows", "10"]
 
 def random_windows(count=7, K=20):
     states, actions = torch.randn(count, K, 11), torch.rand(count, K, 3) * 2 - 1
-    return torch.randn(count, K, 1), states, actions, torch.arange(K).expand(count, K), torch.ones(count, K).bool()
+    return (
+        torch.randn(count, K, 1),
+        states,
+        actions,
+        torch.arange(K).expand(count, K),
+        torch.ones(count, K).bool(),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -54,7 +60,12 @@ def test_weights_are_those_the_block_uses(backbone):
     for block in make_model(dt, backbone).transformer.h:
         weights = dt.attention_weights(block.attn, x)
         assert not weights.triu(1).any()
-        value = block.attn.c_attn(x).chunk(3, dim=-1)[2].unflatten(-1, (block.attn.n_head, -1)).transpose(1, 2)
+        value = (
+            block.attn.c_attn(x)
+            .chunk(3, dim=-1)[2]
+            .unflatten(-1, (block.attn.n_head, -1))
+            .transpose(1, 2)
+        )
         ours = block.attn.c_proj((weights @ value).transpose(1, 2).flatten(2))
         torch.testing.assert_close(ours, block.attn(x), rtol=1e-4, atol=1e-5)
 
@@ -66,13 +77,17 @@ def test_weights_equal_transformers_attentions(backbone, kind):
 
     model = make_model(dt, backbone)
     model_class = transformers.GPT2Model if backbone == "gpt2" else transformers.ImageGPTModel
-    reference = model_class.from_pretrained(ASSETS / kind, dtype=torch.float32, attn_implementation="eager").eval()
+    reference = model_class.from_pretrained(
+        ASSETS / kind, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     reference.config.is_decoder = True
     reference.wpe.weight.data.zero_()
     windows = random_windows()
     with torch.no_grad():
         tokens = model.embed(*windows[:4])
-        attentions = reference(inputs_embeds=tokens, use_cache=False, output_attentions=True).attentions
+        attentions = reference(
+            inputs_embeds=tokens, use_cache=False, output_attentions=True
+        ).attentions
     expected = torch.stack([dt.mean_distance(a) for a in attentions], dim=1)
     np.testing.assert_allclose(dt.attention_distances(model, windows), expected, rtol=1e-4)
 
@@ -94,10 +109,14 @@ def test_the_replaced_block_is_the_source_and_the_others_are_not(backbone, index
     mixed = make_model(dt, backbone, partial(dt.load_mixture, block=index))
     for i, block in enumerate(mixed.transformer.h):
         expected = (source if i == index else random).transformer.h[i]
-        assert block.attn.n_head == (4 if i == index else 1) and type(block.mlp.act) is type(expected.mlp.act)
+        assert block.attn.n_head == (4 if i == index else 1) and type(block.mlp.act) is type(
+            expected.mlp.act
+        )
         assert type(block.ln_1) is type(expected.ln_1)
         ours, theirs = block.state_dict(), expected.state_dict()
-        assert ours.keys() == theirs.keys() and (i != index or all(torch.equal(ours[k], theirs[k]) for k in ours))
+        assert ours.keys() == theirs.keys() and (
+            i != index or all(torch.equal(ours[k], theirs[k]) for k in ours)
+        )
         other = (random if i == index else source).transformer.h[i].state_dict()
         assert not torch.equal(ours["attn.c_attn.weight"], other["attn.c_attn.weight"])
     heads = dt.attention_distances(mixed, random_windows())
@@ -108,7 +127,9 @@ def test_the_replaced_block_is_the_source_and_the_others_are_not(backbone, index
 
 def test_a_mixed_model_is_rebuilt_from_its_checkpoint(tmp_path):
     mixed = make_model(dt, "igpt", partial(dt.load_mixture, block=0))
-    torch.save(dict(architecture=mixed.architecture, model=mixed.state_dict()), tmp_path / "mixed.pt")
+    torch.save(
+        dict(architecture=mixed.architecture, model=mixed.state_dict()), tmp_path / "mixed.pt"
+    )
     rebuilt, _ = dt.load_model(tmp_path / "mixed.pt", "cpu")
     windows = random_windows()[:4]
     with torch.no_grad():
@@ -125,7 +146,7 @@ def test_a_mixed_model_is_rebuilt_from_its_checkpoint(tmp_path):
     ],
 )
 def test_bad_input_ends_with_one_sentence(arguments, said, run_script):
-    sentence(run_script(SCRIPT, *SIZE, *arguments), *said)
+    assert_one_sentence(run_script(SCRIPT, *SIZE, *arguments), *said)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -143,8 +164,13 @@ def test_with_one_step_no_output_depends_on_another_step():
     dt.evaluate(model, env, data, args)
     for (returns_to_go, states, actions, timesteps), output in seen[:5] + seen[-5:]:
         assert states.shape[1] == 1
-        parts = [[x[i : i + 1] for x in (returns_to_go, states, actions + 5, timesteps)] for i in range(len(states))]
-        alone = torch.cat([model(*part) for part in parts])  # no other copy, no other step, not even its own action
+        parts = [
+            [x[i : i + 1] for x in (returns_to_go, states, actions + 5, timesteps)]
+            for i in range(len(states))
+        ]
+        alone = torch.cat(
+            [model(*part) for part in parts]
+        )  # no other copy, no other step, not even its own action
         torch.testing.assert_close(alone, output, rtol=1e-4, atol=1e-5)
     window = data.windows(torch.tensor([0, 10]), args.context_length)
     assert all(x.shape[1] == 1 for x in window) and window[-1].all()
@@ -164,9 +190,12 @@ def test_run_with_comparison(run_script, tmp_path):
     _, records, _ = dt.read_run(folder)
     assert results["runs"][0]["best_score"] == max(r["normalized_score"] for r in records[1:])
     attention = results["attention_distance"]
-    assert [(row["epoch"], row["block"]) for row in attention] == list(itertools.product((0, 2), range(4)))
+    assert [(row["epoch"], row["block"]) for row in attention] == list(
+        itertools.product((0, 2), range(4))
+    )
     assert all(
-        len(row["distance_per_head"]) == 4 and (row["median_gap"] > 0) == (row["epoch"] == 2) for row in attention
+        len(row["distance_per_head"]) == 4 and (row["median_gap"] > 0) == (row["epoch"] == 2)
+        for row in attention
     )
     for name in ("no_context.png", "attention_distance.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
@@ -189,7 +218,9 @@ def test_replaced_blocks_are_gone_on_with(run_script, tmp_path, monkeypatch):
         result = run_script(SCRIPT, *run, "--run-name", "cut")
     assert result.status == 130 and "--resume runs/cut" in result.err
     assert run_script(SCRIPT, "--resume", "runs/cut").status == 0
-    whole, cut = ((tmp_path / "runs" / name / "results.json").read_text() for name in ("whole", "cut"))
+    whole, cut = (
+        (tmp_path / "runs" / name / "results.json").read_text() for name in ("whole", "cut")
+    )
     assert whole == cut
     runs = json.loads(cut)["runs"]
     assert [run["run"] for run in runs] == ["random", "gpt2", "block_2"]

@@ -5,11 +5,12 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ASSETS, TINY, sentence
+from conftest import ASSETS, TINY, assert_one_sentence, load_data, make_model, sample_args
 from PIL import Image
 
 import dt_pretrained as dt
@@ -26,8 +27,12 @@ def test_loss_counts_valid_steps_only():
     predicted = torch.rand(4, 6, 3, generator=generator, requires_grad=True)
     actions = torch.rand(4, 6, 3, generator=generator)
     valid = torch.arange(6) < torch.tensor([6, 1, 3, 6])[:, None]
-    predicted.data[0, 0, 0], predicted.data[1, 5, 0] = -0.995, 0.999  # saturated: one valid, one not
-    loss, saturated = dt.training_loss(lambda *window: predicted, (None, None, actions, None, valid), valid.sum())
+    predicted.data[0, 0, 0], predicted.data[1, 5, 0] = (
+        -0.995,
+        0.999,
+    )  # saturated: one valid, one not
+    windows = dt.Windows(None, None, actions, None, valid)
+    loss, saturated = dt.training_loss(lambda *window: predicted, windows)
     errors, over = [], []
     for b, t in valid.nonzero().tolist():
         for d in range(3):
@@ -43,31 +48,67 @@ def test_loss_counts_valid_steps_only():
 # A run
 # ---------------------------------------------------------------------------------------------------------------
 def test_run_leaves_everything_that_was_promised(run_script, tmp_path):
-    run = [*TINY, "--num-epochs", "2", "--backbone", "random", "--max-grad-norm", "2", "--run-name", "a"]
+    run = [
+        *TINY,
+        "--num-epochs",
+        "2",
+        "--backbone",
+        "random",
+        "--max-grad-norm",
+        "2",
+        "--run-name",
+        "a",
+    ]
     result = run_script(SCRIPT, *run)
     assert result.status == 0, result.err
     folder = tmp_path / "runs" / "a"
-    args, records, history = dt.read_run(folder)
+    _, args, records, history = dt.read_run(folder)
     saved = json.loads((folder / "args.json").read_text())
-    assert saved == vars(args) and saved["learning_rate"] == 1e-3 and saved["dataset"] == "sample/hopper/medium-v0"
-    assert [(r["epoch"], r["step"]) for r in records] == [(0, 0), (1, 6), (2, 12)] and math.isnan(records[0]["loss"])
+    assert (
+        saved == args
+        and saved["learning_rate"] == 1e-3
+        and saved["dataset"] == "sample/hopper/medium-v0"
+    )
+    assert [(r["epoch"], r["step"]) for r in records] == [(0, 0), (1, 6), (2, 12)] and math.isnan(
+        records[0]["loss"]
+    )
     for record in records[1:]:
         assert (
-            0 < record["loss"] < 4 and 0 <= record["clipped_fraction"] <= 1 and 0 <= record["saturated_fraction"] <= 1
+            0 < record["loss"] < 4
+            and 0 <= record["clipped_fraction"] <= 1
+            and 0 <= record["saturated_fraction"] <= 1
         )
-    np.testing.assert_allclose(np.mean([line["loss"] for line in history[:6]]), records[1]["loss"], rtol=1e-5)
+    np.testing.assert_allclose(
+        np.mean([line["loss"] for line in history[:6]]), records[1]["loss"], rtol=1e-5
+    )
     assert [line["step"] for line in history] == list(range(1, 13))
-    names = ("args.json", "best.pt", "epoch_0.pt", "epoch_1.pt", "epoch_2.pt", "latest.pt", "learning_curve.png")
-    assert sorted(p.name for p in folder.iterdir() if "events" not in p.name) == [*names, "summary.json"]
+    names = (
+        "args.json",
+        "best.pt",
+        "epoch_0.pt",
+        "epoch_1.pt",
+        "epoch_2.pt",
+        "latest.pt",
+        "learning_curve.png",
+    )
+    assert sorted(p.name for p in folder.iterdir() if "events" not in p.name) == [
+        *names,
+        "summary.json",
+    ]
     assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     best = max(records[1:], key=lambda record: record["return_mean"])
     assert f"{best['normalized_score']:.1f}" in result.out
-    assert all(record["return_low"] <= record["return_mean"] <= record["return_high"] for record in records)
+    assert all(
+        record["return_low"] <= record["return_mean"] <= record["return_high"] for record in records
+    )
     assert torch.load(folder / "best.pt")["epoch"] == best["epoch"]
 
-    model, checkpoint = dt.load_model(folder / "epoch_2.pt", "cpu")
-    assert checkpoint["step"] == 12 and checkpoint["state_mean"].shape == (11,) and not model.training
-    untrained, _ = dt.load_model(folder / "epoch_0.pt", "cpu")
+    model = dt.load_model(folder / "epoch_2.pt", "cpu")
+    checkpoint = dt.read_checkpoint(folder / "epoch_2.pt", "cpu")
+    assert (
+        checkpoint["step"] == 12 and checkpoint["state_mean"].shape == (11,) and not model.training
+    )
+    untrained = dt.load_model(folder / "epoch_0.pt", "cpu")
     assert not torch.equal(model.embed_state.weight, untrained.embed_state.weight)
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -75,7 +116,9 @@ def test_run_leaves_everything_that_was_promised(run_script, tmp_path):
     events = EventAccumulator(str(folder)).Reload()
     tags = {f"train/{name}" for name in dt.METRICS} | {"eval/return_mean", "eval/normalized_score"}
     assert tags <= set(events.Tags()["scalars"]) and events.Tags()["images"] == ["learning_curve"]
-    np.testing.assert_allclose([e.value for e in events.Scalars("train/loss")], [h["loss"] for h in history], rtol=1e-6)
+    np.testing.assert_allclose(
+        [e.value for e in events.Scalars("train/loss")], [h["loss"] for h in history], rtol=1e-6
+    )
 
 
 def test_learning_rate_rises_linearly_and_adamw_is_the_papers(run_script, monkeypatch):
@@ -83,12 +126,24 @@ def test_learning_rate_rises_linearly_and_adamw_is_the_papers(run_script, monkey
     step = torch.optim.AdamW.step
 
     def spy(self, *arguments):
-        seen.append([(group["lr"].item(), group["eps"], group["weight_decay"]) for group in self.param_groups])
+        seen.append(
+            [(group["lr"], group["eps"], group["weight_decay"]) for group in self.param_groups]
+        )
         return step(self, *arguments)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", spy)
     for backbone, epsilon in (("igpt", 1e-6), ("random", 1e-8)):
-        run = [*TINY, "--num-epochs", "1", "--backbone", backbone, "--warmup-steps", "4", "--run-name", backbone]
+        run = [
+            *TINY,
+            "--num-epochs",
+            "1",
+            "--backbone",
+            backbone,
+            "--warmup-steps",
+            "4",
+            "--run-name",
+            backbone,
+        ]
         assert run_script(SCRIPT, *run).status == 0
         expected = [[1e-3 * min(i / 4, 1), epsilon, 1e-4] for i in range(1, 7)]
         np.testing.assert_allclose(np.squeeze(seen), expected, rtol=1e-6)
@@ -100,9 +155,13 @@ def test_same_command_same_numbers(run_script, tmp_path):
     for name in ("first", "second", "other"):
         seed = ["--seed", "1"] if name == "other" else []
         assert run_script(SCRIPT, *TINY, "--num-epochs", "1", *seed, "--run-name", name).status == 0
-        _, records, history = dt.read_run(tmp_path / "runs" / name)
+        _, _, records, history = dt.read_run(tmp_path / "runs" / name)
         results.append(([record["return_mean"] for record in records], history))
-    assert results[0] == results[1] and results[0][0] != results[2][0] and results[0][1] != results[2][1]
+    assert (
+        results[0] == results[1]
+        and results[0][0] != results[2][0]
+        and results[0][1] != results[2][1]
+    )
 
 
 def test_seeds_and_epochs_do_not_share_windows():
@@ -127,9 +186,19 @@ def test_clipping_on_and_off(max_grad_norm, run_script, tmp_path, monkeypatch):
         return step(self, *arguments)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", spy)
-    run = [*TINY, "--num-epochs", "1", "--backbone", "random", "--max-grad-norm", max_grad_norm, "--run-name", "a"]
+    run = [
+        *TINY,
+        "--num-epochs",
+        "1",
+        "--backbone",
+        "random",
+        "--max-grad-norm",
+        max_grad_norm,
+        "--run-name",
+        "a",
+    ]
     assert run_script(SCRIPT, *run).status == 0
-    _, records, _ = dt.read_run(tmp_path / "runs" / "a")
+    records = dt.read_run(tmp_path / "runs" / "a").records
     assert len(norms) == 6
     if max_grad_norm:
         np.testing.assert_allclose(norms, max_grad_norm, rtol=1e-2)
@@ -141,27 +210,36 @@ def test_clipping_on_and_off(max_grad_norm, run_script, tmp_path, monkeypatch):
 
 def test_the_sample_learns(run_script, tmp_path):
     """Sixty steps from the bundled language model bring the loss well below that of the first ones."""
-    size = ["--num-epochs", "3", "--steps-per-epoch", "20", "--num-eval-episodes", "2", "--batch-size", "16"]
+    size = [
+        "--num-epochs",
+        "3",
+        "--steps-per-epoch",
+        "20",
+        "--num-eval-episodes",
+        "2",
+        "--batch-size",
+        "16",
+    ]
     rate = ["--warmup-steps", "5", "--learning-rate", "1e-3"]
     assert run_script(SCRIPT, "--sample", *size, *rate, "--run-name", "a").status == 0
-    _, records, _ = dt.read_run(tmp_path / "runs" / "a")
+    records = dt.read_run(tmp_path / "runs" / "a").records
     assert records[3]["loss"] < 0.7 * records[1]["loss"]
 
 
 def test_bf16_stays_close_to_fp32():
     """The same loss of the same windows, and weights and gradients that stay float32."""
-    from conftest import make_model, sample_args
-
     args = sample_args(dt)
-    data = dt.OfflineData(args, dt.make_env(args, 1), torch.device("cpu"))
+    data = load_data(dt, args)
     windows, losses = data.windows(torch.arange(16) * 900, 20), {}
     for precision in ("fp32", "bf16"):
         model = make_model(dt, "gpt2")
-        with dt.autocast(dt.replace(args, precision=precision), torch.device("cpu")):
-            loss, _ = dt.training_loss(model, windows, windows[-1].sum())
+        with dt.autocast(replace(args, precision=precision), torch.device("cpu")):
+            loss, _ = dt.training_loss(model, windows)
         loss.backward()
         losses[precision] = loss.item()
-        assert loss.dtype == torch.float32 and all(p.grad.dtype == torch.float32 for p in model.parameters())
+        assert loss.dtype == torch.float32 and all(
+            p.grad.dtype == torch.float32 for p in model.parameters()
+        )
     assert losses["bf16"] != losses["fp32"] and abs(losses["bf16"] / losses["fp32"] - 1) < 0.02
 
 
@@ -187,11 +265,25 @@ def test_another_environment(run_script, tmp_path, monkeypatch):
             episode.terminations.append(terminated)
             episode.truncations.append(truncated)
         episodes.append(episode)
-    minari.create_dataset_from_buffers("swimmer/random-v0", buffer=episodes, env=env, data_format="hdf5")
-    run = [*TINY, "--num-epochs", "1", "--backbone", "random", "--env", "Swimmer-v5", "--dataset", "swimmer/random-v0"]
-    result = run_script(SCRIPT, *run, "--target-return", "300", "--context-length", "2", "--run-name", "a")
+    minari.create_dataset_from_buffers(
+        "swimmer/random-v0", buffer=episodes, env=env, data_format="hdf5"
+    )
+    run = [
+        *TINY,
+        "--num-epochs",
+        "1",
+        "--backbone",
+        "random",
+        "--env",
+        "Swimmer-v5",
+        "--dataset",
+        "swimmer/random-v0",
+    ]
+    result = run_script(
+        SCRIPT, *run, "--target-return", "300", "--context-length", "2", "--run-name", "a"
+    )
     assert result.status == 0, result.err
-    _, records, _ = dt.read_run(tmp_path / "runs" / "a")
+    records = dt.read_run(tmp_path / "runs" / "a").records
     assert math.isnan(records[1]["normalized_score"]) and records[0]["length_mean"] == 1000
 
 
@@ -203,39 +295,98 @@ def test_another_environment(run_script, tmp_path, monkeypatch):
     [
         (["--env", "Hoper-v4"], ["Hoper-v4", "--dataset"]),
         (["--env", "Ant-v5", "--dataset", "x"], ["--target-return"]),
-        (["--env", "Nothing-v9", "--dataset", "x", "--target-return", "1"], ["Nothing-v9"]),
-        (["--env", "Hopper-v1"], ["Hopper-v1"]),
-        (["--env", "CartPole-v1", "--dataset", "x", "--target-return", "1"], ["Discrete"]),
-        (["--env", "Pendulum-v1", "--dataset", "x", "--target-return", "1"], ["-1 to 1"]),
+        (
+            [
+                "--backbone",
+                "random",
+                "--env",
+                "Nothing-v9",
+                "--dataset",
+                "x",
+                "--target-return",
+                "1",
+            ],
+            ["Nothing-v9"],
+        ),
+        (["--backbone", "random", "--env", "Hopper-v1"], ["Hopper-v1"]),
+        (
+            [
+                "--backbone",
+                "random",
+                "--env",
+                "CartPole-v1",
+                "--dataset",
+                "x",
+                "--target-return",
+                "1",
+            ],
+            ["Discrete"],
+        ),
+        (
+            [
+                "--backbone",
+                "random",
+                "--env",
+                "Pendulum-v1",
+                "--dataset",
+                "x",
+                "--target-return",
+                "1",
+            ],
+            ["from -1 to 1"],
+        ),
         (["--sample", "--env", "Ant-v5"], ["Ant-v5", "--dataset"]),
-        (["--dataset", "missing.hdf5"], ["missing.hdf5"]),
-        (["--sample", "--env", "Walker2d-v5", "--dataset", "sample/hopper/medium-v0"], ["(11,)", "(17,)"]),
+        (["--backbone", "random", "--dataset", "missing.hdf5"], ["missing.hdf5"]),
+        (
+            ["--sample", "--env", "Walker2d-v5", "--dataset", "sample/hopper/medium-v0"],
+            ["(11,)", "(17,)"],
+        ),
         (["--sample", "--backbone", str(ASSETS / "policies")], ["policies", "GPT-2"]),
         (["--context-length", "0"], ["--context-length"]),
         (["--batch-size", "-1"], ["--batch-size"]),
         (["--num-epochs", "0"], ["--num-epochs"]),
         (["--max-grad-norm", "-1"], ["--max-grad-norm"]),
         (["--learning-rate", "-0.1"], ["--learning-rate"]),
-        (["--resume", "nowhere"], ["nowhere"]),
     ],
 )
 def test_bad_input_ends_with_one_sentence(arguments, said, run_script):
-    sentence(run_script(SCRIPT, *arguments), *said)
+    assert_one_sentence(run_script(SCRIPT, *arguments), *said)
 
 
-def test_a_run_is_not_overwritten(run_script, tmp_path):
-    (tmp_path / "runs" / "a").mkdir(parents=True)
-    (tmp_path / "runs" / "a" / "latest.pt").touch()
-    sentence(run_script(SCRIPT, "--sample", "--run-name", "a"), "--run-name", "--resume")
+def test_a_run_with_other_arguments_is_not_overwritten(run_script):
+    run = [*TINY, "--num-epochs", "1", "--backbone", "random", "--run-name", "a"]
+    assert run_script(SCRIPT, *run).status == 0
+    assert_one_sentence(run_script(SCRIPT, *run, "--seed", "3"), "runs/a", "seed", "666", "3")
+    assert_one_sentence(run_script(SCRIPT, "--sample", "--run-name", "a"), "runs/a", "--run-name")
 
 
-@pytest.mark.parametrize("arguments", [["--sample", "--backbone", "gpt2-medium"], ["--backbone", "random"]])
+def test_a_finished_run_says_so(run_script, tmp_path):
+    run = [*TINY, "--num-epochs", "1", "--backbone", "random", "--run-name", "a"]
+    first = run_script(SCRIPT, *run)
+    before = (tmp_path / "runs" / "a" / "summary.json").read_text()
+    again = run_script(SCRIPT, *run)
+    assert "finished" in again.out and "finished" not in first.out
+    assert again.out.splitlines()[-3:] == first.out.splitlines()[-3:]  # the table again
+    assert (tmp_path / "runs" / "a" / "summary.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--sample", "--backbone", "gpt2-medium"], ["--backbone", "random"]]
+)
 def test_an_unreachable_hub_is_said_in_one_sentence(arguments, tmp_path):
     """As a user would see it: a process of its own, without a network, empty caches."""
-    places = {"HF_HOME": str(tmp_path / "hf"), "MINARI_DATASETS_PATH": str(tmp_path / "minari"), "HF_HUB_OFFLINE": "1"}
+    places = {
+        "HF_HOME": str(tmp_path / "hf"),
+        "MINARI_DATASETS_PATH": str(tmp_path / "minari"),
+        "HF_HUB_OFFLINE": "1",
+    }
     command = [sys.executable, dt.__file__, *arguments]
-    result = subprocess.run(command, env=os.environ | places, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 2 and "Traceback" not in result.stderr and "--sample" in result.stderr
+    result = subprocess.run(
+        command, env=os.environ | places, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (
+        result.returncode == 2 and "Traceback" not in result.stderr and "--sample" in result.stderr
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -246,10 +397,21 @@ def test_videos_of_the_best_and_the_last_model(run_script, tmp_path, monkeypatch
     monkeypatch.setenv("MUJOCO_GL", os.environ.get("MUJOCO_GL", "egl"))
     if subprocess.run([sys.executable, "-c", program], capture_output=True).returncode:
         pytest.skip("nothing to render with here, EGL is missing")
-    run = [*TINY, "--num-epochs", "2", "--backbone", "random", "--seed", "3", "--capture-video", "--run-name", "a"]
+    run = [
+        *TINY,
+        "--num-epochs",
+        "2",
+        "--backbone",
+        "random",
+        "--seed",
+        "3",
+        "--capture-video",
+        "--run-name",
+        "a",
+    ]
     result = run_script(SCRIPT, *run)
     assert result.status == 0, result.err
-    _, records, _ = dt.read_run(tmp_path / "runs" / "a")
+    records = dt.read_run(tmp_path / "runs" / "a").records
     for name in ("best", "last"):
         with Image.open(tmp_path / "runs" / "a" / f"{name}.gif") as video:
             assert video.size == (240, 240) and video.info["duration"] == 40
@@ -258,12 +420,18 @@ def test_videos_of_the_best_and_the_last_model(run_script, tmp_path, monkeypatch
             )  # 125 steps a second, 25 pictures
             first = np.asarray(video.convert("RGB"), dtype=int)
             video.seek(video.n_frames - 1)
-            assert np.abs(np.asarray(video.convert("RGB"), dtype=int) - first).max() > 50  # something moves
+            assert (
+                np.abs(np.asarray(video.convert("RGB"), dtype=int) - first).max() > 50
+            )  # something moves
 
 
 def test_where_nothing_can_be_rendered_it_says_so(tmp_path):
     """In a process of its own, as a renderer is chosen once. GLFW cannot work without a screen; the run is kept."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "WAYLAND_DISPLAY")}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("DISPLAY", "WAYLAND_DISPLAY")
+    }
     run = [*TINY, "--num-epochs", "1", "--backbone", "random", "--capture-video", "--run-name", "a"]
     result = subprocess.run(
         [sys.executable, dt.__file__, *run],
@@ -272,5 +440,9 @@ def test_where_nothing_can_be_rendered_it_says_so(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert result.returncode == 2 and "--capture-video" in result.stderr and "Traceback" not in result.stderr
+    assert (
+        result.returncode == 2
+        and "--capture-video" in result.stderr
+        and "Traceback" not in result.stderr
+    )
     assert (tmp_path / "runs" / "a" / "learning_curve.png").exists()

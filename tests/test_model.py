@@ -19,7 +19,9 @@ BACKBONES = ("gpt2", "igpt", "igpt-as-gpt2", "random", "random-gpt2")
 
 def decision_transformer(backbone):
     model = make_model(dt, backbone, max_timestep=50)
-    model.embed_action.weight.data *= 0.1  # its tanh must not be saturated, or every model predicts the same
+    model.embed_action.weight.data *= (
+        0.1  # its tanh must not be saturated, or every model predicts the same
+    )
     return model
 
 
@@ -32,7 +34,9 @@ def reference_backbone(kind, fresh):
         for parameter in reference.parameters():
             parameter.data.normal_(std=0.1)
     reference.wpe.weight.data.zero_()
-    reference.config.is_decoder = True  # without it transformers 5 gives ImageGPT a bidirectional mask
+    reference.config.is_decoder = (
+        True  # without it transformers 5 gives ImageGPT a bidirectional mask
+    )
     return reference.eval()
 
 
@@ -46,7 +50,9 @@ def relative_difference(ours, theirs):
 def test_hidden_states_equal_transformers(kind, fresh):
     reference = reference_backbone(kind, fresh)
     ours = decision_transformer(kind).transformer
-    ours.load_state_dict({k: v for k, v in reference.state_dict().items() if not k.startswith(("wte.", "wpe."))})
+    ours.load_state_dict(
+        {k: v for k, v in reference.state_dict().items() if not k.startswith(("wte.", "wpe."))}
+    )
     x = torch.randn(3, 60, 128)
     theirs = reference(inputs_embeds=x, use_cache=False, output_hidden_states=True)
     differences = []
@@ -61,7 +67,12 @@ def test_hidden_states_equal_transformers(kind, fresh):
 
 def random_window(length, batch=2):
     states, actions = torch.randn(batch, length, 11), torch.rand(batch, length, 3) * 2 - 1
-    return torch.randn(batch, length, 1), states, actions, torch.arange(5, 5 + length).expand(batch, length)
+    return (
+        torch.randn(batch, length, 1),
+        states,
+        actions,
+        torch.arange(5, 5 + length).expand(batch, length),
+    )
 
 
 @torch.no_grad()
@@ -71,21 +82,32 @@ def test_whole_model_equals_transformers_decision_transformer(backbone):
     ours = decision_transformer(backbone)
     ours.embed_timestep.weight.zero_()  # theirs adds it before the LayerNorm
     block = ours.architecture["blocks"][0]
-    sizes = dict(state_dim=11, act_dim=3, hidden_size=128, n_layer=4, n_head=block["n_head"], max_ep_len=50)
-    config = transformers.DecisionTransformerConfig(**sizes, activation_function=block["activation"], n_positions=256)
+    sizes = dict(
+        state_dim=11, act_dim=3, hidden_size=128, n_layer=4, n_head=block["n_head"], max_ep_len=50
+    )
+    config = transformers.DecisionTransformerConfig(
+        **sizes, activation_function=block["activation"], n_positions=256
+    )
     theirs = transformers.DecisionTransformerModel(config).eval()
     state = {f"encoder.{k}": v for k, v in ours.transformer.state_dict().items()}
     state |= {k: v for k, v in ours.state_dict().items() if k.startswith("embed_")}
-    state |= {"predict_action.0.weight": ours.embed_action.weight.T, "predict_action.0.bias": torch.zeros(3)}
+    state |= {
+        "predict_action.0.weight": ours.embed_action.weight.T,
+        "predict_action.0.bias": torch.zeros(3),
+    }
     missing, unexpected = theirs.load_state_dict(state, strict=False)
-    assert not unexpected and all(k.startswith(("encoder.wte", "encoder.wpe", "predict_")) for k in missing)
+    assert not unexpected and all(
+        k.startswith(("encoder.wte", "encoder.wpe", "predict_")) for k in missing
+    )
     theirs.encoder.wpe.weight.zero_()
 
     valid, K = 13, 20
     window = random_window(valid)
     left = [torch.cat([x.new_ones(2, K - valid, *x.shape[2:]), x], dim=1) for x in window]
     right = [torch.cat([x, x.new_ones(2, K - valid, *x.shape[2:])], dim=1) for x in window]
-    inputs = dict(returns_to_go=left[0], states=left[1], actions=left[2], rewards=None, timesteps=left[3])
+    inputs = dict(
+        returns_to_go=left[0], states=left[1], actions=left[2], rewards=None, timesteps=left[3]
+    )
     mask = torch.arange(K).ge(K - valid).long().expand(2, K)
     expected = theirs(**inputs, attention_mask=mask).action_preds[:, K - valid :]
     difference = relative_difference(ours(*right)[:, :valid], expected)
@@ -108,7 +130,9 @@ def test_time_embedding_after_layer_norm_against_plain_reference(kind):
             token = (token - token.mean()) / (token.var(correction=0) + 1e-5).sqrt()
             token = token * ours.embed_ln.weight + ours.embed_ln.bias
             tokens.append(token + ours.embed_timestep.weight[timesteps[0, t]])
-    hidden = reference(inputs_embeds=torch.stack(tokens)[None], use_cache=False).last_hidden_state[0]
+    hidden = reference(inputs_embeds=torch.stack(tokens)[None], use_cache=False).last_hidden_state[
+        0
+    ]
     expected = torch.tanh(hidden[1::3] @ ours.embed_action.weight)
     assert relative_difference(ours(returns_to_go, states, actions, timesteps)[0], expected) < 1e-4
 
@@ -145,34 +169,51 @@ def test_igpt_as_gpt2_differs_exactly_by_the_layer_norm():
 
 
 def test_random_backbones_are_the_papers():
-    for backbone, expected in {"random": (768, 1, 3072, "relu"), "random-gpt2": (768, 12, 3072, "gelu_new")}.items():
-        blocks, _, weights, _ = dt.load_backbone(dt.Args(backbone=backbone))
-        assert len(blocks) == 12 and not weights
+    papers = {"random": (768, 1, 3072, "relu"), "random-gpt2": (768, 12, 3072, "gelu_new")}
+    for name, expected in papers.items():
+        backbone = dt.load_backbone(dt.Args(backbone=name))
+        blocks = backbone.blocks
+        assert len(blocks) == 12 and not backbone.weights and not backbone.pretrained
         assert {(b.n_embd, b.n_head, b.n_inner, b.activation) for b in blocks} == {expected}
     for n_layer in (4, 12):  # GPT-2 draws what ends a residual branch smaller, the deeper it is
         torch.manual_seed(0)
         blocks = [dt.BlockConfig(128, 1, 512, "relu")] * n_layer
-        block = dt.DecisionTransformer(blocks, "gpt2", **SHAPE).transformer.h[1]
+        block = dt.DecisionTransformer(blocks, "layernorm", **SHAPE).transformer.h[1]
         for layer in (block.attn.c_attn, block.mlp.c_fc):
             assert abs(layer.weight.std().item() / 0.02 - 1) < 0.03 and not layer.bias.any()
         for layer in (block.attn.c_proj, block.mlp.c_proj):
-            assert abs(layer.weight.std().item() / (0.02 / (2 * n_layer) ** 0.5) - 1) < 0.03 and not layer.bias.any()
+            assert (
+                abs(layer.weight.std().item() / (0.02 / (2 * n_layer) ** 0.5) - 1) < 0.03
+                and not layer.bias.any()
+            )
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "igpt"])
 def test_module_names_are_the_checkpoints(kind):
     names = {name for name, _ in reference_backbone(kind, fresh=False).named_modules()}
-    names = {name for name in names if name and not name.startswith(("wte", "wpe")) and "attn_dropout" not in name}
+    names = {
+        name
+        for name in names
+        if name and not name.startswith(("wte", "wpe")) and "attn_dropout" not in name
+    }
     assert names <= {name for name, _ in decision_transformer(kind).transformer.named_modules()}
 
 
 def test_dropout_is_where_the_reference_has_it():
     """On the residual branches as asked for; on attention weights and on the backbone's input 0.1, or none."""
     for dropout, at_most in ((0.2, 0.1), (0.0, 0.0)):
-        blocks, final_norm, _, _ = dt.load_backbone(sample_args(dt, backbone="random-gpt2", dropout=dropout))
-        model = dt.DecisionTransformer(blocks, final_norm, **SHAPE)
-        rates = {name: module.p for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout)}
-        assert rates.pop("transformer.drop") == at_most and len(rates) == 8 and set(rates.values()) == {dropout}
+        args = sample_args(dt, backbone="random-gpt2", dropout=dropout)
+        model = make_model(dt, dt.load_backbone(args))
+        rates = {
+            name: module.p
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Dropout)
+        }
+        assert (
+            rates.pop("transformer.drop") == at_most
+            and len(rates) == 8
+            and set(rates.values()) == {dropout}
+        )
         assert {block.attn.attention_dropout for block in model.transformer.h} == {at_most}
 
 
@@ -185,25 +226,41 @@ def test_pytorch_bin_gives_the_same_weights_as_safetensors(kind, tmp_path):
     """openai/imagegpt-small has only a pytorch_model.bin on the hub."""
     source = ASSETS / FOLDERS[kind]
     shutil.copy(source / "config.json", tmp_path)
-    whole = {"gpt2": transformers.GPT2LMHeadModel, "igpt": transformers.ImageGPTForCausalImageModeling}[kind]
+    whole = {
+        "gpt2": transformers.GPT2LMHeadModel,
+        "igpt": transformers.ImageGPTForCausalImageModeling,
+    }[kind]
     torch.save(whole.from_pretrained(source).state_dict(), tmp_path / "pytorch_model.bin")
-    _, _, expected, _ = dt.load_backbone(sample_args(dt, backbone=kind))
-    _, _, weights, source = load_local(tmp_path)
-    assert source == str(tmp_path) and weights.keys() == expected.keys() and len(weights) in (50, 41)
-    assert all(torch.equal(weights[k], expected[k]) and weights[k].dtype == torch.float32 for k in expected)
+    expected = dt.load_backbone(sample_args(dt, backbone=kind)).weights
+    backbone = load_local(tmp_path)
+    weights = backbone.weights
+    source = backbone.source
+    assert (
+        backbone.pretrained
+        and source == str(tmp_path)
+        and weights.keys() == expected.keys()
+        and len(weights) in (50, 41)
+    )
+    assert all(
+        torch.equal(weights[k], expected[k]) and weights[k].dtype == torch.float32 for k in expected
+    )
     assert not any("wte" in name or "wpe" in name for name in weights)
 
 
 def test_hub_ids_are_read_from_the_hubs_cache(tmp_path):
     """A cache as the hub's own tools leave it, without a network: in a process of its own, it is set at import."""
-    snapshot = tmp_path / "hub" / "models--openai-community--gpt2" / "snapshots" / "0123456789abcdef"
+    snapshot = (
+        tmp_path / "hub" / "models--openai-community--gpt2" / "snapshots" / "0123456789abcdef"
+    )
     shutil.copytree(ASSETS / "text-gpt2", snapshot)
     (snapshot.parent.parent / "refs").mkdir()
     (snapshot.parent.parent / "refs" / "main").write_text(snapshot.name)
-    code = "import dt_pretrained as dt; blocks, _, weights, source = dt.load_backbone(dt.Args(backbone='gpt2')); "
-    code += "print(source, len(blocks), len(weights))"
+    code = "import dt_pretrained as dt; backbone = dt.load_backbone(dt.Args(backbone='gpt2')); "
+    code += "print(backbone.source, len(backbone.blocks), len(backbone.weights))"
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert result.stdout.split() == ["openai-community/gpt2", "4", "50"], result.stderr
 
 
@@ -249,9 +306,11 @@ def test_masks_of_old_checkpoints_are_no_weights(kind, tmp_path):
         weights[f"transformer.h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
     shutil.copy(ASSETS / FOLDERS[kind] / "config.json", tmp_path)
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    _, _, expected, _ = dt.load_backbone(sample_args(dt, backbone=kind))
-    _, _, loaded, _ = load_local(tmp_path)
-    assert loaded.keys() == expected.keys() and all(torch.equal(loaded[k], expected[k]) for k in expected)
+    expected = dt.load_backbone(sample_args(dt, backbone=kind)).weights
+    loaded = load_local(tmp_path).weights
+    assert loaded.keys() == expected.keys() and all(
+        torch.equal(loaded[k], expected[k]) for k in expected
+    )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -273,11 +332,15 @@ def test_action_head_and_return_are_float32_under_autocast(precision):
             embedded.append(model.embed(*window)[0, 0])
     assert action.dtype == torch.float32
     expected = 1 - torch.tanh(torch.tensor(4.0)) ** 2  # 0.0013
-    torch.testing.assert_close(model.transformer.ln_f.bias.grad.sum(), expected * 4, rtol=1e-2, atol=0)
+    torch.testing.assert_close(
+        model.transformer.ln_f.bias.grad.sum(), expected * 4, rtol=1e-2, atol=0
+    )
     assert not torch.equal(*embedded)
 
 
-@pytest.mark.parametrize("change", [{"scale_attn_by_inverse_layer_idx": True}, {"activation_function": "swish"}])
+@pytest.mark.parametrize(
+    "change", [{"scale_attn_by_inverse_layer_idx": True}, {"activation_function": "swish"}]
+)
 def test_gpts_of_another_architecture_are_refused(change, tmp_path, capsys):
     change_weights(tmp_path, lambda weights: None)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -1,7 +1,7 @@
 """Time this repository's way of training and evaluating against the released code's, in one process.
 
-    python tests/benchmark.py --device cpu --size sample     # a minute on two cores
-    python tests/benchmark.py --size small                   # GPT-2 small, wants a GPU
+    python tests/tools/benchmark.py --device cpu --size sample     # a minute on two cores
+    python tests/tools/benchmark.py --size small                   # GPT-2 small, wants a GPU
 
 The released way is written out below: transformers' GPT2Model in eager float32, windows cut in Python with the
 return-to-go of the whole rest of the episode recomputed for each, left padding with a mask, a loss read with .item() in
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import analyze_repr as ar
 import dt_pretrained as dt
@@ -52,8 +52,15 @@ class ReleasedModel(torch.nn.Module):
         super().__init__()
         from transformers import GPT2Config, GPT2Model
 
-        sizes = dict(n_embd=block.n_embd, n_layer=n_layer, n_head=block.n_head, activation_function=block.activation)
-        gpt2 = GPT2Config(**sizes, resid_pdrop=0.2, vocab_size=1, bos_token_id=None, eos_token_id=None)
+        sizes = dict(
+            n_embd=block.n_embd,
+            n_layer=n_layer,
+            n_head=block.n_head,
+            activation_function=block.activation,
+        )
+        gpt2 = GPT2Config(
+            **sizes, resid_pdrop=0.2, vocab_size=1, bos_token_id=None, eos_token_id=None
+        )
         gpt2._attn_implementation = "eager"
         self.transformer = GPT2Model(gpt2)
         self.embed_timestep = torch.nn.Embedding(1000, block.n_embd)
@@ -65,7 +72,12 @@ class ReleasedModel(torch.nn.Module):
     def forward(self, states, actions, returns_to_go, timesteps, mask):
         batch, length = mask.shape
         tokens = torch.stack(
-            (self.embed_return(returns_to_go), self.embed_state(states), self.embed_action(actions)), dim=1
+            (
+                self.embed_return(returns_to_go),
+                self.embed_state(states),
+                self.embed_action(actions),
+            ),
+            dim=1,
         )
         tokens = self.embed_ln(tokens.permute(0, 2, 1, 3).reshape(batch, 3 * length, -1))
         tokens = tokens + self.embed_timestep(timesteps).repeat_interleave(3, dim=1)
@@ -85,7 +97,9 @@ def released_batch(episodes, mean, std, batch_size, K, device, rng):
         start = rng.integers(len(rewards))
         states = (observations[start : start + K] - mean) / std
         pad = K - len(states)
-        returns_to_go = np.array([rewards[t:].sum() for t in range(start, start + len(states))])[:, None] / 1000
+        returns_to_go = (
+            np.array([rewards[t:].sum() for t in range(start, start + len(states))])[:, None] / 1000
+        )
         window = (
             states,
             actions[start : start + K],
@@ -95,7 +109,9 @@ def released_batch(episodes, mean, std, batch_size, K, device, rng):
         )
         for column, x in zip(columns, window):
             column.append(np.concatenate([np.zeros((pad, *x.shape[1:])), x]))
-    states, actions, returns_to_go, timesteps, mask = (torch.from_numpy(np.stack(c)).to(device) for c in columns)
+    states, actions, returns_to_go, timesteps, mask = (
+        torch.from_numpy(np.stack(c)).to(device) for c in columns
+    )
     return states.float(), actions.float(), returns_to_go.float(), timesteps.long(), mask.long()
 
 
@@ -121,12 +137,23 @@ def released_episode(model, args, data, num_steps, seed):
     mean, std = data.state_mean, data.state_std
     states, actions, returns_to_go = [], [], [args.target_return / 1000]
     for t in range(num_steps):
-        states.append((torch.tensor(observation, dtype=torch.float32, device=data.state_mean.device) - mean) / std)
+        states.append(
+            (torch.tensor(observation, dtype=torch.float32, device=data.state_mean.device) - mean)
+            / std
+        )
         last = slice(-args.context_length, None)
-        padded = torch.stack([*actions, torch.zeros(data.actions.shape[1], device=data.state_mean.device)])[last][None]
-        R = torch.tensor(returns_to_go, dtype=torch.float32, device=data.state_mean.device)[last][None, :, None]
+        padded = torch.stack(
+            [*actions, torch.zeros(data.actions.shape[1], device=data.state_mean.device)]
+        )[last][None]
+        R = torch.tensor(returns_to_go, dtype=torch.float32, device=data.state_mean.device)[last][
+            None, :, None
+        ]
         timesteps = torch.arange(t + 1, device=data.state_mean.device)[last][None]
-        actions.append(model(torch.stack(states)[last][None], padded, R, timesteps, torch.ones_like(timesteps))[0, -1])
+        actions.append(
+            model(
+                torch.stack(states)[last][None], padded, R, timesteps, torch.ones_like(timesteps)
+            )[0, -1]
+        )
         observation, reward, terminated, truncated, _ = env.step(actions[-1].cpu().numpy())
         returns_to_go.append(returns_to_go[-1] - reward / 1000)
         if terminated or truncated:
@@ -169,7 +196,10 @@ def mine_seconds(device, count, alone, width, passes):
 def main(options):
     small = options.size == "small"
     args = dt.Args(
-        backbone="random-gpt2", env="HalfCheetah-v5", dataset="sample/halfcheetah/medium-v0", sample=not small
+        backbone="random-gpt2",
+        env="HalfCheetah-v5",
+        dataset="sample/halfcheetah/medium-v0",
+        sample=not small,
     )
     args = replace(args, device=options.device, precision=options.precision, target_return=6000.0)
     args.num_eval_episodes = 100 if small else 10
@@ -177,7 +207,9 @@ def main(options):
     on_gpu = device.type == "cuda"
     repeats = options.steps or (50 if on_gpu else 10)
     eval_steps = options.eval_steps or (1000 if on_gpu else 100)
-    device_name = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    device_name = (
+        torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    )
     rows = []
 
     start = time.perf_counter()
@@ -200,7 +232,9 @@ def main(options):
         theirs = median_seconds(partial(released_step, *inputs), 3, repeats, device)
         model = dt.DecisionTransformer(blocks, final_norm, *shape, 1000).to(device)
         learning_rate = torch.tensor(1e-4, device=device)
-        optimizer = torch.optim.AdamW(model.parameters(), learning_rate, fused=True, capturable=on_gpu)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), learning_rate, fused=True, capturable=on_gpu
+        )
         loss_function = torch.compile(dt.training_loss) if on_gpu else dt.training_loss
         training_step = partial(dt.training_step, loss_function, model, optimizer, data, args)
         training_step = dt.RecordedStep(training_step) if on_gpu else training_step
@@ -219,16 +253,32 @@ def main(options):
     start = time.perf_counter()
     _, lengths = dt.evaluate(evaluated, env, data, args)
     ours_evaluation = (time.perf_counter() - start) / lengths.sum()
-    rows.append(("evaluation, one environment step, K = 20", theirs_evaluation * 1e3, ours_evaluation * 1e3, "ms"))
+    rows.append(
+        (
+            "evaluation, one environment step, K = 20",
+            theirs_evaluation * 1e3,
+            ours_evaluation * 1e3,
+            "ms",
+        )
+    )
 
     count, alone, passes = (360, 10, 20) if on_gpu else (12, 3, 5)
     alone_seconds, together_seconds = mine_seconds(device, count, alone, blocks[0].n_embd, passes)
-    rows.append((f"MINE, one estimator of {count}, {passes} passes", alone_seconds * 1e3, together_seconds * 1e3, "ms"))
+    rows.append(
+        (
+            f"MINE, one estimator of {count}, {passes} passes",
+            alone_seconds * 1e3,
+            together_seconds * 1e3,
+            "ms",
+        )
+    )
 
     print(f"\n{'median':<42}{'released way':>14}{'ours':>14}{'ratio':>9}")
     for name, theirs, ours, unit in rows:
         print(f"{name:<42}{theirs:>11.2f} {unit}{ours:>11.2f} {unit}{theirs / ours:>8.1f}×")
-    print(f"{args.num_eval_episodes} episodes of 1,000 steps: {ours_evaluation * args.num_eval_episodes * 1000:.0f} s")
+    print(
+        f"{args.num_eval_episodes} episodes of 1,000 steps: {ours_evaluation * args.num_eval_episodes * 1000:.0f} s"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Make the tables of the results from run folders, so that no number is typed.
 
-    python tests/results_table.py runs/*                      # prints them
-    python tests/results_table.py runs/* --readme README.md   # and puts them between its <!-- table --> marks
+    python tests/tools/results_table.py runs/*                      # prints them
+    python tests/tools/results_table.py runs/* --readme README.md   # and puts them between its <!-- table --> marks
 
 A folder counts by the summary.json or results.json that it holds; anything else in `runs`, and a run that is not
 finished, is passed over.
@@ -26,7 +26,11 @@ PAPER = {
     ("HalfCheetah", 1): {"gpt2": 47.9, "random": 49.2},
     ("Walker2d", 1): {"gpt2": 71.2, "random": 35.6},
 }
-D4RL = {"Hopper": (-20.272305, 3234.3), "HalfCheetah": (-280.178953, 12135.0), "Walker2d": (1.629008, 4592.3)}
+D4RL = {
+    "Hopper": (-20.272305, 3234.3),
+    "HalfCheetah": (-280.178953, 12135.0),
+    "Walker2d": (1.629008, 4592.3),
+}
 # The released code (compute_normalized_score.py) normalizes by the mean returns of D4RL's random-v2 and expert-v2 data,
 # not by D4RL's constants. It prints them for Hopper only, in compute_normalized_score.ipynb.
 PAPER_HOPPER = (18.398905, 3511.3577)
@@ -76,7 +80,10 @@ def over_seeds(rows, keys, formats):
                 f"There are two runs of {', '.join(map(str, values))} with the same seed; give one of them."
             )
         line = dict(zip(keys, values), seeds=", ".join(map(str, sorted(seeds))))
-        table.append(line | {name: spread([row[name] for row in group], form) for name, form in formats.items()})
+        table.append(
+            line
+            | {name: spread([row[name] for row in group], form) for name, form in formats.items()}
+        )
     return table
 
 
@@ -93,25 +100,41 @@ def score_table(folders):
         if records[-1]["epoch"] < args["num_epochs"]:
             continue  # still at work, or interrupted
         scores = [record["normalized_score"] for record in records]
-        row = {"environment": args["env"], "K": args["context_length"], "backbone": Path(args["backbone"]).name}
-        row |= {"steps": records[-1]["step"], "seed": args["seed"], "last loss": records[-1]["loss"]}
+        row = {
+            "environment": args["env"],
+            "K": args["context_length"],
+            "backbone": Path(args["backbone"]).name,
+        }
+        row |= {
+            "steps": records[-1]["step"],
+            "seed": args["seed"],
+            "last loss": records[-1]["loss"],
+        }
         interval = [records[-1]["return_low"], records[-1]["return_high"]]
-        rows.append(row | {"best score": max(scores[1:]), "last score": scores[-1], "interval": interval})
+        rows.append(
+            row | {"best score": max(scores[1:]), "last score": scores[-1], "interval": interval}
+        )
     keys = ("environment", "K", "backbone", "steps")
     table = over_seeds(rows, keys, {"last loss": ".3f", "best score": ".1f", "last score": ".1f"})
     for row in table:
         env_name = row["environment"].rsplit("-v", 1)[0]
-        intervals = [other["interval"] for other in rows if all(other[key] == row[key] for key in keys)]
+        intervals = [
+            other["interval"] for other in rows if all(other[key] == row[key] for key in keys)
+        ]
         low, high = normalized(env_name, np.mean(intervals, axis=0))
         row["its 95 % interval over episodes"] = f"{low:.1f} to {high:.1f}"
         paper = PAPER.get((env_name, row["K"]), {}).get(row["backbone"])
         row["paper, best of 40, its scale"] = "-" if paper is None else paper
-        row["D4RL's scale"] = f"{on_d4rl_scale(paper):.1f}" if paper is not None and env_name == "Hopper" else "-"
+        row["D4RL's scale"] = (
+            f"{on_d4rl_scale(paper):.1f}" if paper is not None and env_name == "Hopper" else "-"
+        )
     return table
 
 
 def no_context_results(folders):
-    return [study for study in read(folders, "results.json").values() if "attention_distance" in study]
+    return [
+        study for study in read(folders, "results.json").values() if "attention_distance" in study
+    ]
 
 
 def attention_table(folders):
@@ -125,7 +148,10 @@ def attention_table(folders):
         for row in study["attention_distance"]:
             if row["epoch"] == last and not row["run"]:
                 keys = dict(
-                    environment=args["env"], backbone=Path(args["backbone"]).name, epoch=last, seed=args["seed"]
+                    environment=args["env"],
+                    backbone=Path(args["backbone"]).name,
+                    epoch=last,
+                    seed=args["seed"],
                 )
                 rows.append(keys | dict(block=row["block"], gap=row["median_gap"]))
     table = {}
@@ -154,17 +180,27 @@ def gradient_tables(folders):
         for r in study:
             key = dict(backbone=r["backbone"], clip=r["clip"], epoch=r["epoch"])
             norms = sum(values["share"] for name, values in r["sets"].items() if ".ln_" in name)
-            first = sum(values["share"] for name, values in r["sets"].items() if name.startswith("0.ln_1."))
-            row = {"gradient norm, median": f"{r['median_norm']:.2f}", "confusion": f"{r['confusion']:.2f}"}
+            first = sum(
+                values["share"] for name, values in r["sets"].items() if name.startswith("0.ln_1.")
+            )
+            row = {
+                "gradient norm, median": f"{r['median_norm']:.2f}",
+                "confusion": f"{r['confusion']:.2f}",
+            }
             row |= {"share of 0.ln_1": f"{first:.1%}", "of all LayerNorms": f"{norms:.1%}"}
-            row |= {"l2 distance": f"{r['distance']:.1f}", "relative": f"{r['relative_distance']:.2f}"}
+            row |= {
+                "l2 distance": f"{r['distance']:.1f}",
+                "relative": f"{r['relative_distance']:.2f}",
+            }
             rows.append(key | row | {"cosine": f"{r['cosine']:.3f}"})
             if len({result["clip"] for result in study}) > 1:
                 records = r["records"][1:]
                 losses = " → ".join(f"{record['loss']:.3f}" for record in records)
                 scores = [record["normalized_score"] for record in records]
                 best, last = f"{max(scores):.1f}", f"{scores[-1]:.1f}"
-                clipping.append(key | {"loss per epoch": losses, "best score": best, "last score": last})
+                clipping.append(
+                    key | {"loss per epoch": losses, "best score": best, "last score": last}
+                )
     return rows, clipping
 
 
@@ -175,12 +211,22 @@ def representation_tables(folders):
         if "cka" not in study:
             continue
         args = json.loads((folder / "args.json").read_text())
-        windows = "the paper's settings" if args["mine_paper_settings"] else f"{args['mine_windows']:,} windows"
+        windows = (
+            "the paper's settings"
+            if args["mine_paper_settings"]
+            else f"{args['mine_windows']:,} windows"
+        )
         for row in study["cka"]:
             norms = [value for name, value in row["layers"].items() if ".ln_" in name]
             others = [value for name, value in row["layers"].items() if ".ln_" not in name]
-            means = {"CKA": row["mean_cka"], "LayerNorms": np.nanmean(norms), "other layers": np.nanmean(others)}
-            similarity.append(dict(run=row["run"], token=row["token"]) | {k: f"{v:.2f}" for k, v in means.items()})
+            means = {
+                "CKA": row["mean_cka"],
+                "LayerNorms": np.nanmean(norms),
+                "other layers": np.nanmean(others),
+            }
+            similarity.append(
+                dict(run=row["run"], token=row["token"]) | {k: f"{v:.2f}" for k, v in means.items()}
+            )
         groups = {}
         for a in study["mutual_information"]:
             key = (windows, a["quantity"], a["analysis"], a["run"])
@@ -194,7 +240,9 @@ def representation_tables(folders):
 
 def both_estimates(answers):
     """Held-out and training estimate as text, each the mean over blocks, tokens, steps and repeats."""
-    return " / ".join(f"{np.nanmean([a[name] for a in answers]):.2f}" for name in ("held_out", "training"))
+    return " / ".join(
+        f"{np.nanmean([a[name] for a in answers]):.2f}" for name in ("held_out", "training")
+    )
 
 
 def main(args):

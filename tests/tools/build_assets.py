@@ -1,13 +1,13 @@
 """Make the bundled sample in tests/assets again: three data sets, and backbones of text, of images, of Markov chains.
 
-    python tests/build_assets.py --what data      # a minute, needs only requirements.txt
-    python tests/build_assets.py --what text      # apt-get install bible-kjv bible-kjv-text wordnet-base
-    python tests/build_assets.py --what images    # apt-get install dataset-fashion-mnist
-    python tests/build_assets.py --what markov    # needs only requirements.txt
+    python tests/tools/build_assets.py --what data      # a minute, needs only requirements.txt
+    python tests/tools/build_assets.py --what text      # apt-get install bible-kjv bible-kjv-text wordnet-base
+    python tests/tools/build_assets.py --what images    # apt-get install dataset-fashion-mnist
+    python tests/tools/build_assets.py --what markov    # needs only requirements.txt
 
 A Markov backbone of GPT-2 small's size, for --backbone my-markov (wants a GPU):
 
-    python tests/build_assets.py --what markov --n-layer 12 --n-head 12 --n-embd 768 --steps 80000 --output my-markov
+    python tests/tools/build_assets.py --what markov --n-layer 12 --n-head 12 --n-embd 768 --steps 80000 --output my-markov
 
 The models are pre-trained with transformers' own classes and losses, so that nothing in this file can share a
 mistake with the scripts. Every command prints what it reached; tests/assets/README.md quotes those lines.
@@ -30,12 +30,17 @@ import torch
 import tyro
 from tqdm import tqdm
 
-ASSETS = Path(__file__).resolve().parent / "assets"
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 
 @dataclass
 class Args:
-    what: tuple[Literal["data", "text", "images", "markov"], ...] = ("data", "text", "images", "markov")
+    what: tuple[Literal["data", "text", "images", "markov"], ...] = (
+        "data",
+        "text",
+        "images",
+        "markov",
+    )
     """which parts to make again"""
     min_steps: int = 20_000
     """environment steps per data set; the last episode is always finished"""
@@ -81,7 +86,9 @@ def build_data(env_name, first_seed, min_steps):
     import minari
     from minari.data_collector import EpisodeBuffer
 
-    env = gym.wrappers.DtypeObservation(gym.make(f"{env_name}-v5"), "float32")  # a string: np.float32 breaks the spec
+    env = gym.wrappers.DtypeObservation(
+        gym.make(f"{env_name}-v5"), "float32"
+    )  # a string: np.float32 breaks the spec
     actor = Actor(ASSETS / "policies" / f"{env_name}-v5-medium.npz")
     episodes, total_steps = [], 0
     progress = tqdm(total=min_steps, desc=f"{env_name}-v5", unit="step")
@@ -140,7 +147,9 @@ def compress(path):
 # ---------------------------------------------------------------------------------------------------------------
 def read_text():
     """Return a list of documents: chapters of the Bible, and WordNet's synsets as 'word, word: gloss' lines."""
-    verses = subprocess.run(["bible", "-f", "gen1:1-rev22:21"], capture_output=True, text=True, check=True).stdout
+    verses = subprocess.run(
+        ["bible", "-f", "gen1:1-rev22:21"], capture_output=True, text=True, check=True
+    ).stdout
     chapters = {}
     for line in verses.splitlines():
         reference, _, verse = line.partition(" ")
@@ -154,7 +163,8 @@ def read_text():
                 fields, _, gloss = line.partition(" | ")
                 fields = fields.split()
                 words = [
-                    re.sub(r"\(.*\)", "", word).replace("_", " ") for word in fields[4 : 4 + 2 * int(fields[3], 16) : 2]
+                    re.sub(r"\(.*\)", "", word).replace("_", " ")
+                    for word in fields[4 : 4 + 2 * int(fields[3], 16) : 2]
                 ]
                 glosses.append(f"{', '.join(words)}: {gloss.strip()}")
         documents += ["\n".join(glosses[i : i + 50]) for i in range(0, len(glosses), 50)]
@@ -177,8 +187,12 @@ def build_text(train_steps, seed):
     tokenizer.train_from_iterator(documents, trainer)
     encoded = [encoding.ids + [0] for encoding in tokenizer.encode_batch(documents)]
     held_out = len(encoded) // 20
-    test, train = (torch.tensor([*itertools.chain(*part)]) for part in (encoded[:held_out], encoded[held_out:]))
-    print(f"text: {sum(map(len, documents)) / 1e6:.1f} M characters, {len(train) / 1e6:.2f} M training tokens")
+    test, train = (
+        torch.tensor([*itertools.chain(*part)]) for part in (encoded[:held_out], encoded[held_out:])
+    )
+    print(
+        f"text: {sum(map(len, documents)) / 1e6:.1f} M characters, {len(train) / 1e6:.2f} M training tokens"
+    )
 
     torch.manual_seed(seed)
     config = GPT2Config(
@@ -197,10 +211,12 @@ def build_text(train_steps, seed):
     loss = evaluate(model, windows, causal_loss)
     counts = torch.bincount(test, minlength=2048).double()
     save(model, ASSETS / "text-gpt2")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end).save_pretrained(
-        ASSETS / "text-gpt2"
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=end, eos_token=end
+    ).save_pretrained(ASSETS / "text-gpt2")
+    print(
+        f"text-gpt2: held out {loss / math.log(2):.3f} bits a token, unigram entropy {entropy(counts):.3f}"
     )
-    print(f"text-gpt2: held out {loss / math.log(2):.3f} bits a token, unigram entropy {entropy(counts):.3f}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -228,7 +244,9 @@ def build_images(train_steps, seed):
     loss = evaluate(model, test[:2000], causal_loss)
     counts = torch.bincount(test[:2000, 1:].flatten(), minlength=16).double()
     save(model, ASSETS / "image-gpt")
-    print(f"image-gpt: held out {loss / math.log(2):.3f} bits a pixel, unigram entropy {entropy(counts):.3f}")
+    print(
+        f"image-gpt: held out {loss / math.log(2):.3f} bits a pixel, unigram entropy {entropy(counts):.3f}"
+    )
 
 
 def with_start(images):
@@ -244,13 +262,17 @@ NUM_STATES = 100
 
 def transition_matrix(temperature, seed):
     """Rows are softmaxes of logits from U(0, 1), as in Victor-wang-902/synthetic-pretrain-rl, ngram_generator.py."""
-    logits = torch.rand(NUM_STATES, NUM_STATES, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    logits = torch.rand(
+        NUM_STATES, NUM_STATES, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     return (logits / temperature).softmax(-1)
 
 
 def stationary_distribution(transitions):
     """The pi [states] with pi P = pi and sum 1."""
-    equations = torch.cat([transitions.T - torch.eye(len(transitions)), torch.ones(1, len(transitions))])
+    equations = torch.cat(
+        [transitions.T - torch.eye(len(transitions)), torch.ones(1, len(transitions))]
+    )
     right = torch.zeros(len(transitions) + 1, 1, dtype=transitions.dtype)
     right[-1] = 1
     return torch.linalg.lstsq(equations, right).solution[:, 0]
@@ -258,7 +280,9 @@ def stationary_distribution(transitions):
 
 def entropy_rate(transitions):
     """Entropy in nats of the next state given the present one: what no prediction can go below."""
-    return -(stationary_distribution(transitions) @ torch.special.xlogy(transitions, transitions).sum(1)).item()
+    return -(
+        stationary_distribution(transitions) @ torch.special.xlogy(transitions, transitions).sum(1)
+    ).item()
 
 
 def walk(transitions, start, length, size):
@@ -277,14 +301,18 @@ def build_markov(args, folder, temperature):
     torch.manual_seed(args.seed)
     sizes = dict(n_positions=length, n_embd=args.n_embd, n_layer=args.n_layer, n_head=args.n_head)
     no_dropout = dict(embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
-    config = GPT2Config(vocab_size=NUM_STATES, **sizes, **no_dropout, bos_token_id=None, eos_token_id=None)
+    config = GPT2Config(
+        vocab_size=NUM_STATES, **sizes, **no_dropout, bos_token_id=None, eos_token_id=None
+    )
     model = GPT2LMHeadModel(config)
     recipe = dict(learning_rate=3e-4, weight_decay=1e-2, betas=(0.9, 0.999), linear=True)
     pretrain(model, lambda: walk(transitions, start, length, 32), args.steps, **recipe)
     loss = evaluate(model, walk(transitions, start, length, 500), causal_loss)
     save(model, folder)
     rate = f"entropy rate {entropy_rate(transitions):.3f}, uniform {math.log(NUM_STATES):.3f}"
-    print(f"{folder.name}: temperature {temperature:g}, cross-entropy {loss:.3f} nats a state, {rate}")
+    print(
+        f"{folder.name}: temperature {temperature:g}, cross-entropy {loss:.3f} nats a state, {rate}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -296,7 +324,15 @@ def causal_loss(model, tokens):
     return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def pretrain(model, sample_batch, steps, learning_rate=2e-3, weight_decay=0.1, betas=(0.9, 0.95), linear=False):
+def pretrain(
+    model,
+    sample_batch,
+    steps,
+    learning_rate=2e-3,
+    weight_decay=0.1,
+    betas=(0.9, 0.95),
+    linear=False,
+):
     """AdamW with warm-up for a twelfth of the steps, cosine or linear decay, bf16 autocast, gradients clipped to 1."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     optimizer = torch.optim.AdamW(
@@ -304,7 +340,9 @@ def pretrain(model, sample_batch, steps, learning_rate=2e-3, weight_decay=0.1, b
     )
     progress = tqdm(range(steps), desc=type(model).__name__, unit="step")
     for step in progress:
-        decay = 1 - step / steps if linear else max(0.02, 0.5 * (1 + math.cos(math.pi * step / steps)))
+        decay = (
+            1 - step / steps if linear else max(0.02, 0.5 * (1 + math.cos(math.pi * step / steps)))
+        )
         optimizer.param_groups[0]["lr"] = learning_rate * min((step + 1) / (steps // 12), decay)
         with torch.autocast(device, torch.bfloat16):
             loss = causal_loss(model, sample_batch().to(device))
