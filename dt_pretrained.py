@@ -14,6 +14,7 @@ https://github.com/t46/pre-training-different-modality-offline-rl/blob/200abbe/c
 import json
 import math
 import os
+import re
 import sys
 import time
 import warnings
@@ -361,6 +362,7 @@ def read_pretrained(source):
     # The import takes seconds, and the request to convert .bin files would go to the hub.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     import transformers
+    from huggingface_hub.constants import HF_HUB_CACHE
 
     transformers.logging.set_verbosity_error()
     model_classes = {"gpt2": transformers.GPT2Model, "imagegpt": transformers.ImageGPTModel}
@@ -368,16 +370,23 @@ def read_pretrained(source):
         f"--backbone takes {', '.join(HUB_IDS)}, random, random-gpt2, or the hub id or folder of a "
         "GPT-2 or ImageGPT; or try --sample"
     )
+    cache = Path(HF_HUB_CACHE) / f"models--{source.replace('/', '--')}"
+    if cache.exists() and not Path(source).exists():
+        hint = f"if a download was cut or damaged, delete {cache} and start again"
     try:
         config = transformers.AutoConfig.from_pretrained(source)
     except Exception as error:
-        stop(f"The backbone {source} cannot be loaded, {first_line(error)}; {hint}.")
+        stop(f"The backbone {source} cannot be loaded ({first_line(error)}): {hint}.")
     if config.model_type not in model_classes:
-        stop(f"The backbone {source} is a {config.model_type}; {hint}.")
+        stop(f"The backbone {source} is a {config.model_type}: {hint}.")
     if config.activation_function not in ACTIVATIONS:
         stop(f"The activation {config.activation_function} of {source} is none of ACTIVATIONS.")
+    if config.add_cross_attention:
+        stop(f"The backbone {source} has cross-attention, which is not implemented here.")
     if not config.scale_attn_weights or config.scale_attn_by_inverse_layer_idx:
         stop(f"The backbone {source} scales its attention in a way that is not implemented here.")
+    if config.n_head < 1 or config.n_embd % config.n_head != 0:
+        stop(f"The backbone {source} has n_head {config.n_head} for n_embd {config.n_embd}.")
 
     try:
         model, report = model_classes[config.model_type].from_pretrained(
@@ -386,14 +395,17 @@ def read_pretrained(source):
             dtype=torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are reported, and refused below
+            key_mapping={r"^(_orig_mod\.|module\.)+": ""},  # of torch.compile and DataParallel
         )
     except Exception as error:
-        stop(f"The backbone {source} cannot be loaded, {first_line(error)}; {hint}.")
-    wrong_keys = [*report["missing_keys"], *report["mismatched_keys"]]
-    for key in report["unexpected_keys"]:
-        # Old checkpoints keep the causal mask of each block among their weights; the word head is
-        # not used here.
-        if not key.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
+        stop(f"The backbone {source} cannot be loaded ({first_line(error)}): {hint}.")
+    wrong_keys = []
+    for key in [*report["missing_keys"], *report["mismatched_keys"], *report["unexpected_keys"]]:
+        # Heads and word embeddings are not used here. Old checkpoints keep the causal mask of each
+        # block among their weights.
+        key = str(key)
+        is_mask = key.endswith((".attn.bias", ".attn.masked_bias"))
+        if ("h." in key or "ln_f." in key) and not is_mask:
             wrong_keys.append(key)
     if wrong_keys:
         stop(f"In the backbone {source} these are missing, misshapen or unknown: {wrong_keys[:3]}.")
@@ -402,6 +414,8 @@ def read_pretrained(source):
     for name, weight in model.state_dict().items():
         if not name.startswith(("wte.", "wpe.")):
             weights[name] = weight
+            if not weight.isfinite().all():
+                stop(f"The weight {name} of the backbone {source} has numbers that are not finite.")
     return config, weights
 
 
@@ -419,7 +433,7 @@ def read_checkpoint(path, device):
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
-        stop(f"{path} is missing or damaged, {first_line(error)}.")
+        stop(f"{path} is missing or damaged ({first_line(error)}).")
     if not isinstance(checkpoint, dict) or "architecture" not in checkpoint:
         stop(f"{path} is no checkpoint of these scripts.")
     return checkpoint
@@ -464,29 +478,54 @@ def read_d4rl(path):
 
     [data/download_d4rl_datasets.py#L41]
     """
+    columns = {}
     with h5py.File(path) as file:
-        observations = file["observations"][()]
-        actions = file["actions"][()]
-        rewards = file["rewards"][()]
-        last_steps = file["terminals"][()].astype(bool) | file["timeouts"][()].astype(bool)
-    if not len(observations) == len(actions) == len(rewards) == len(last_steps):
+        for name in ("observations", "actions", "rewards", "terminals", "timeouts"):
+            if name in file or name != "timeouts":
+                columns[name] = file[name][()]
+    if "timeouts" not in columns:  # as in D4RL's -v0 files
+        print(f"{path} has no timeouts: an episode ends where terminals are set, and only there.")
+        columns["timeouts"] = np.zeros_like(columns["terminals"])
+    if len({column.shape[:1] for column in columns.values()}) > 1:
         stop(f"The columns of {path} differ in length.")
-    ends = np.flatnonzero(last_steps) + 1
+    for name in ("terminals", "timeouts"):
+        if columns[name].ndim != 1 or columns[name].dtype.kind not in "biuf":
+            stop(f"The {name} of {path} are not one yes or no a step.")
+    ends = np.flatnonzero(columns["terminals"].astype(bool) | columns["timeouts"].astype(bool)) + 1
     episodes = []
     for start, end in zip([0, *ends[:-1]], ends):
-        episodes.append(Episode(observations[start:end], actions[start:end], rewards[start:end]))
+        episodes.append(
+            Episode(
+                columns["observations"][start:end],
+                columns["actions"][start:end],
+                columns["rewards"][start:end],
+            )
+        )
     return episodes
 
 
-def read_minari(dataset):
-    """The episodes of a Minari data set, downloaded if it is not there."""
-    bundled = ASSETS / "minari" / dataset / "data"
-    if bundled.exists():
-        minari_dataset = minari.MinariDataset(bundled)
-    else:
-        minari_dataset = minari.load_dataset(dataset, download=True)
+def find_minari(dataset):
+    """The folder of a Minari data set: bundled, given as a path, or where Minari keeps it."""
+    for folder in (ASSETS / "minari" / dataset, Path(dataset)):
+        if folder.is_dir():
+            return folder
+    folder = minari.storage.get_dataset_path(dataset)
+    if not folder.exists():
+        minari.download_dataset(dataset)
+    return folder
+
+
+def read_minari(folder, env_id):
+    """The episodes of a Minari data set of the environment `env_id`, in any version."""
+    metadata = json.loads((folder / "data" / "metadata.json").read_text())
+    # Without these Minari would make the environment that the file names: it would run code.
+    if not metadata.get("observation_space") or not metadata.get("action_space"):
+        stop(f"{folder} does not say what its observations and actions are, and is not opened.")
+    recorded_in = json.loads(metadata.get("env_spec") or "{}").get("id", env_id)
+    if recorded_in.rsplit("-v", 1)[0] != env_id.rsplit("-v", 1)[0]:
+        stop(f"{folder} was recorded in {recorded_in}, not in {env_id}.")
     episodes = []
-    for episode in minari_dataset.iterate_episodes():
+    for episode in minari.MinariDataset(folder / "data").iterate_episodes():
         # Minari also keeps the observation after the last action.
         observations = episode.observations[: len(episode.actions)]
         episodes.append(Episode(observations, episode.actions, episode.rewards))
@@ -499,16 +538,20 @@ def load_episodes(args, env):
     All are kept. The released code drops the one of lowest return by a `<`. [experiment.py#L172]
     """
     name = f"--dataset {args.dataset}"
+    advice = (
+        "it takes a D4RL file, or a folder or id of Minari, which is looked for under "
+        "MINARI_DATASETS_PATH and on its server; or try --sample"
+    )
     try:
-        if args.dataset.endswith(".hdf5"):
+        if Path(args.dataset).is_file():
             episodes = read_d4rl(args.dataset)
         else:
-            episodes = read_minari(args.dataset)
+            folder = find_minari(args.dataset)
+            advice = f"if a download was cut, delete {folder} and start again"
+            episodes = read_minari(folder, args.env)
     except Exception as error:
-        stop(
-            f"{name} cannot be read, {first_line(error)}; it takes a D4RL .hdf5 file, or a Minari "
-            "id that is under MINARI_DATASETS_PATH or on the server; or try --sample."
-        )
+        stop(f"{name} cannot be read ({first_line(error)}): {advice}.")
+
     if not episodes:
         stop(f"{name} has no episode.")
     state_shape = env.single_observation_space.shape
@@ -531,6 +574,13 @@ def load_episodes(args, env):
                 stop(f"{name} holds {column.dtype} where numbers are expected.")
             if not np.isfinite(column).all():
                 stop(f"{name} has numbers that are not finite.")
+        if np.abs(episode.actions).max() > 1.001:
+            stop(f"{name} has actions beyond -1 to 1, which the model cannot predict.")
+        if np.abs(episode.rewards.astype(np.float64)).sum() > 1e30:
+            stop(f"{name} has returns beyond 1e30.")
+    longest = max(len(episode.rewards) for episode in episodes)
+    if args.context_length > longest:
+        stop(f"--context-length {args.context_length} is beyond the longest episode, {longest}.")
     return episodes
 
 
@@ -543,6 +593,9 @@ class OfflineData:
         actions = np.concatenate([episode.actions for episode in episodes])
         mean = observations.mean(axis=0, dtype=np.float64)
         std = observations.std(axis=0, dtype=np.float64) + 1e-6  # [experiment.py#L151]
+        # What is constant in the data need not be so in the environment: divided by 1e-6, as the
+        # released code does, it would be huge. Hopper, HalfCheetah and Walker2d have no such state.
+        std[std < 2e-6] = 1
         returns_to_go = []
         for episode in episodes:
             rewards = episode.rewards.astype(np.float64)
@@ -593,7 +646,7 @@ def make_env(args, num_copies, **options):
     try:
         env = gym.make_vec(args.env, num_copies, vectorization_mode="sync", **options)
     except Exception as error:
-        stop(f"The environment {args.env} cannot be made, {first_line(error)}.")
+        stop(f"The environment {args.env} cannot be made ({first_line(error)}).")
     space = env.single_action_space
     is_unit_box = isinstance(space, gym.spaces.Box) and (np.abs([space.low, space.high]) == 1).all()
     if not is_unit_box:
@@ -716,6 +769,13 @@ def training_loss(model, windows):
 
 def find_device(args):
     """The device that `args.device` names; under torchrun each process gets a GPU of its own."""
+    available = ["cpu"]
+    if torch.cuda.is_available():
+        available += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        available.append("mps")
+    if args.device not in ("auto", *available):
+        stop(f"--device {args.device} is not there; there is {', '.join(available)}.")
     if WORLD_SIZE > 1 and not torch.distributed.is_initialized():
         # The first process evaluates while the others wait.
         torch.distributed.init_process_group(timeout=timedelta(hours=12))
@@ -952,7 +1012,7 @@ def capture_video(checkpoint_path, gif_path, args, device):
     except Exception as error:
         stop(
             "--capture-video needs EGL (Debian: libegl1), or MUJOCO_GL set to a renderer that is "
-            f"there; {first_line(error)}."
+            f"there ({first_line(error)})."
         )
     evaluate(model, env, checkpoint["state_mean"], checkpoint["state_std"], args)
     stride = max(1, round(env.metadata["render_fps"] / 25))  # 25 pictures a second are enough
@@ -991,15 +1051,19 @@ def first_line(error):
 
 def complete_arguments(args):
     """Check the arguments, and fill in what was not given and depends on others."""
-    at_least_one = ("context_length", "batch_size", "num_epochs", "steps_per_epoch")
-    for name in (*at_least_one, "num_eval_episodes"):
+    counts = ("context_length", "batch_size", "num_epochs", "steps_per_epoch", "num_eval_episodes")
+    for name in counts:
         if getattr(args, name) < 1:
             stop(f"--{name.replace('_', '-')} must be at least 1.")
-    for name in ("learning_rate", "weight_decay", "warmup_steps", "dropout", "seed"):
-        if getattr(args, name) < 0:
-            stop(f"--{name.replace('_', '-')} must not be negative.")
-    if args.max_grad_norm < 0:
-        stop("--max-grad-norm must not be negative; 0 switches clipping off.")
+    for name in ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm"):
+        if not 0 <= getattr(args, name) < math.inf:
+            stop(f"--{name.replace('_', '-')} must be 0 or more.")
+    if not 0 <= args.dropout < 1:
+        stop("--dropout must be at least 0, and below 1.")
+    if not 0 <= args.seed < 2**63:
+        stop("--seed must be from 0 to 2^63 - 1.")
+    if args.batch_size % WORLD_SIZE != 0:
+        stop(f"--batch-size {args.batch_size} cannot be shared evenly by {WORLD_SIZE} processes.")
     env_name = args.env.rsplit("-v", 1)[0]
     task = TASKS.get(env_name)
     if task is None and (args.dataset is None or args.target_return is None):
@@ -1012,7 +1076,10 @@ def complete_arguments(args):
         args.target_return = task.target_return
     if args.run_name is None:
         backbone_name = Path(args.backbone or "study").name
-        args.run_name = f"{args.env}__{SCRIPT}__{backbone_name}__{args.seed}__{int(time.time())}"
+        name = f"{args.env}__{SCRIPT}__{backbone_name}__{args.seed}__{int(time.time())}"
+        args.run_name = re.sub(r"[^\w.-]+", "-", name)  # an environment may have a / or a :
+    if not re.fullmatch(r"\w[\w. -]*", args.run_name):
+        stop(f"--run-name {args.run_name} must be the name of a folder under runs/, not a path.")
 
 
 def open_folder(folder, args):
@@ -1028,16 +1095,30 @@ def open_folder(folder, args):
                     "choose another --run-name, or the arguments that it was started with."
                 )
     if RANK == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         save_json(path, asdict(args))
+
+
+def make_folder(folder):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        stop(f"The folder {folder} cannot be made ({first_line(error)}).")
 
 
 @contextmanager
 def replacing(path):
     """A temporary path to write to, which then replaces `path`: what is there is always whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    yield temporary
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError is torch.save's way to say it
+        temporary.unlink(missing_ok=True)
+        stop(
+            f"{path} cannot be written ({first_line(error)}): make room in {path.parent}, and the "
+            "same command with the same --run-name goes on."
+        )
 
 
 def save_json(path, content):

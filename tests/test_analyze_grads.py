@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, make_model, sample_args, assert_one_sentence
+from conftest import ROOT, TINY, assert_one_sentence, make_model, sample_args
 
 import analyze_grads as ag
 

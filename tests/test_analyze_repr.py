@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from conftest import TINY, make_model, sample_args, assert_one_sentence
+from conftest import TINY, assert_one_sentence, make_model, sample_args
 from test_model import reference_backbone
 
 import analyze_repr as ar

@@ -6,7 +6,7 @@ import build_assets
 import pytest
 import torch
 import transformers
-from conftest import ASSETS, sample_args, assert_one_sentence
+from conftest import ASSETS, assert_one_sentence, sample_args
 
 import dt_pretrained as dt
 

@@ -1,5 +1,6 @@
 """Data sets as tensors, and windows, against plain loops over trajectories."""
 
+import json
 import shutil
 
 import h5py
@@ -16,7 +17,7 @@ ENVS = {"hopper": "Hopper-v5", "halfcheetah": "HalfCheetah-v5", "walker2d": "Wal
 
 
 def load(dataset, env="Hopper-v5"):
-    return load_data(dt, sample_args(dt, env=env, dataset=str(dataset)))
+    return load_data(dt, sample_args(dt, env=env, dataset=str(dataset), context_length=1))
 
 
 def write_d4rl(path, episodes, unfinished=0, **changes):
@@ -49,6 +50,9 @@ def made_up_episodes(lengths, state_dim=11, act_dim=3):
             (observations.astype("f4"), actions.astype("f4"), rng.normal(size=n), i % 2 == 0)
         )
     return episodes
+
+
+EPISODES = made_up_episodes([5, 6])
 
 
 def bundled_episodes(name):
@@ -165,9 +169,68 @@ def refused(capsys, *arguments):
     return message
 
 
-def test_shapes_that_do_not_fit_are_both_named(capsys):
-    message = refused(capsys, "sample/hopper/medium-v0", "Walker2d-v5")
+def test_data_of_another_environment_are_refused(tmp_path, capsys):
+    """A Minari set says where it was recorded; HalfCheetah's shapes are Walker2d's."""
+    message = refused(capsys, "sample/halfcheetah/medium-v0", "Walker2d-v5")
+    assert "HalfCheetah-v5" in message and "Walker2d-v5" in message
+    load("sample/halfcheetah/medium-v0", "HalfCheetah-v4")  # another version is fine
+    path = write_d4rl(tmp_path / "hopper.hdf5", EPISODES)
+    message = refused(capsys, path, "Walker2d-v5")
     assert all(shape in message for shape in ("(11,)", "(17,)"))
+
+
+def test_files_are_what_they_are_whatever_their_name(tmp_path):
+    """A D4RL file of any ending, and a Minari folder given as a path."""
+    expected = load(write_d4rl(tmp_path / "d4rl.hdf5", EPISODES))
+    for name in ("data.h5", "data.HDF5", "data"):
+        data = load(write_d4rl(tmp_path / name, EPISODES))
+        assert torch.equal(data.states, expected.states)
+    data = load(ASSETS / "minari/sample/hopper/medium-v0")
+    assert torch.equal(data.states, load("sample/hopper/medium-v0").states)
+
+
+def test_without_timeouts_terminals_end_the_episodes(tmp_path, capsys):
+    """As in D4RL's first files: the second episode, which was truncated, has no end here."""
+    path = write_d4rl(tmp_path / "v0.hdf5", made_up_episodes([5, 6, 7]))
+    with h5py.File(path, "a") as file:
+        del file["timeouts"]
+    data = load(path)
+    assert "no timeouts" in capsys.readouterr().out
+    assert data.episode_ends.unique().tolist() == [5, 18]
+
+
+def test_dimensions_that_are_constant_keep_their_scale(tmp_path):
+    """A state of 0.5 that was always 0 in the data is 0.5 to the model, not half a million."""
+    observations = np.concatenate([episode[0] for episode in EPISODES])
+    observations[:, 3] = 0.1  # whose mean in float64 is not exactly itself
+    data = load(write_d4rl(tmp_path / "d.hdf5", EPISODES, observations=observations))
+    assert data.state_std[3] == 1 and data.states[:, 3].abs().max() < 1e-6
+    others = np.delete(np.arange(11), 3)
+    std = observations[:, others].std(axis=0, dtype=np.float64) + 1e-6
+    np.testing.assert_allclose(data.state_std[others], std, rtol=1e-6)
+
+
+def test_no_code_from_a_data_set_is_run(minari_copy, capsys, tmp_path):
+    """Without an observation space Minari would make the environment, of any entry point."""
+    metadata = minari_copy.with_name("metadata.json")
+    content = json.loads(metadata.read_text())
+    spec = json.loads(content["env_spec"])
+    spec["entry_point"] = "os:mkdir"
+    spec["kwargs"] = {"path": str(tmp_path / "evil")}
+    content["env_spec"] = json.dumps(spec)
+    for space in ("observation_space", "action_space"):
+        changed = {name: value for name, value in content.items() if name != space}
+        metadata.write_text(json.dumps(changed))
+        assert "not opened" in refused(capsys, "local/hopper/medium-v0")
+        assert not (tmp_path / "evil").exists()
+
+
+def test_a_context_beyond_the_longest_episode_is_refused(tmp_path, capsys):
+    path = write_d4rl(tmp_path / "d.hdf5", EPISODES)
+    args = sample_args(dt, dataset=str(path), context_length=7)
+    with pytest.raises(SystemExit):
+        load_data(dt, args)
+    assert "longest episode, 6" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("keep", [0, 100, 0.5, 0.99])
@@ -200,9 +263,6 @@ def test_zero_length_episode_is_refused(minari_copy, capsys):
     assert "without a step" in refused(capsys, "local/hopper/medium-v0")
 
 
-EPISODES = made_up_episodes([5, 6])
-
-
 @pytest.mark.parametrize(
     "changes,said",
     [
@@ -210,15 +270,19 @@ EPISODES = made_up_episodes([5, 6])
         (dict(observations=np.full((11, 11), np.inf)), "not finite"),
         (dict(terminals=np.zeros(11, bool), timeouts=np.zeros(11, bool)), "no episode"),
         (dict(observations=EPISODES[0][0]), "length"),
-        (dict(terminals=np.zeros(9, bool)), "shapes"),
-        (dict(timeouts=np.ones(14, bool)), "shapes"),
+        (dict(terminals=np.zeros(9, bool)), "length"),
+        (dict(timeouts=np.ones(14, bool)), "length"),
         (dict(observations=np.full((11, 11), b"12")), "numbers"),
         (dict(actions=np.full((11, 3), 1 + 1j)), "numbers"),
         (dict(rewards=np.full(11, b"1.5")), "numbers"),
         (dict(actions=np.zeros(11)), "shape"),
         (dict(observations=np.zeros((11, 11, 2))), "shape"),
         (dict(rewards=np.zeros((11, 2))), "shape"),
-        (dict(terminals=np.float64(3)), ""),
+        (dict(terminals=np.float64(3)), "length"),
+        (dict(terminals=np.full(11, b"no")), "yes or no"),
+        (dict(timeouts=np.full((11, 1), True)), "yes or no"),
+        (dict(actions=np.full((11, 3), 5.0)), "beyond -1 to 1"),
+        (dict(rewards=np.full(11, 3e38)), "1e30"),
     ],
 )
 def test_malformed_d4rl_files_end_with_one_sentence(changes, said, tmp_path, capsys):

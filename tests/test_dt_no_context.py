@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import ASSETS, TINY, make_model, sample_args, assert_one_sentence
+from conftest import ASSETS, TINY, assert_one_sentence, make_model, sample_args
 
 import dt_no_context as dt
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -339,7 +340,7 @@ def test_another_environment(run_script, tmp_path, monkeypatch):
         (["--backbone", "random", "--dataset", "missing.hdf5"], ["missing.hdf5"]),
         (
             ["--sample", "--env", "Walker2d-v5", "--dataset", "sample/hopper/medium-v0"],
-            ["(11,)", "(17,)"],
+            ["Hopper-v5", "Walker2d-v5"],
         ),
         (["--sample", "--backbone", str(ASSETS / "policies")], ["policies", "GPT-2"]),
         (["--context-length", "0"], ["--context-length"]),
@@ -347,10 +348,73 @@ def test_another_environment(run_script, tmp_path, monkeypatch):
         (["--num-epochs", "0"], ["--num-epochs"]),
         (["--max-grad-norm", "-1"], ["--max-grad-norm"]),
         (["--learning-rate", "-0.1"], ["--learning-rate"]),
+        (["--learning-rate", "nan"], ["--learning-rate"]),
+        (["--dropout", "1.5"], ["--dropout"]),
+        (["--seed", "-1"], ["--seed"]),
+        (["--seed", str(2**64)], ["--seed"]),
+        (["--sample", "--device", "cuda:99"], ["cuda:99", "cpu"]),
+        (["--sample", "--device", "gpu"], ["--device gpu", "cpu"]),
+        (["--sample", "--device", "meta"], ["--device meta", "cpu"]),
+        (["--run-name", "../x"], ["../x"]),
+        (["--run-name", "a/b"], ["a/b"]),
+        (["--run-name", ".."], [".."]),
+        (["--sample", "--context-length", "5000"], ["5000", "1000"]),
     ],
 )
 def test_bad_input_ends_with_one_sentence(arguments, said, run_script):
     assert_one_sentence(run_script(SCRIPT, *arguments), *said)
+
+
+@pytest.mark.parametrize(
+    "env,backbone,expected",
+    [
+        (
+            "my_envs:lab/Task-v0",
+            "openai-community/gpt2",
+            "my_envs-lab-Task-v0__dt_pretrained__gpt2",
+        ),
+        ("Hopper-v4", "/a/folder/", "Hopper-v4__dt_pretrained__folder"),
+    ],
+)
+def test_run_folders_have_flat_names(env, backbone, expected):
+    args = dt.Args(env=env, backbone=backbone, dataset="x", target_return=1.0)
+    dt.complete_arguments(args)
+    assert args.run_name.startswith(f"{expected}__666__")
+
+
+def test_runs_that_cannot_be_written_are_said(run_script, tmp_path):
+    (tmp_path / "runs").touch()
+    run = [*TINY, "--num-epochs", "1", "--backbone", "random", "--run-name", "a"]
+    assert_one_sentence(run_script(SCRIPT, *run), "runs/a", "cannot be made")
+
+
+def test_a_full_disk_ends_in_a_sentence_and_the_run_goes_on(run_script, tmp_path, monkeypatch):
+    run = [*TINY, "--num-epochs", "2", "--backbone", "random", "--run-name", "a"]
+    save = torch.save
+
+    def full_disk(checkpoint, path):
+        if checkpoint["epoch"] == 2:
+            path.write_bytes(b"the first bytes")
+            raise OSError(28, "No space left on device")
+        save(checkpoint, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full_disk)
+        result = run_script(SCRIPT, *run)
+    assert result.status == 2 and "No space left" in result.err and "runs/a" in result.err
+    assert "Traceback" not in result.err and not list((tmp_path / "runs/a").glob(".*"))
+    assert run_script(SCRIPT, *run).status == 0
+    assert len(dt.read_run(tmp_path / "runs" / "a").records) == 3
+
+
+def test_checks_hold_without_asserts(tmp_path):
+    """`python -O` drops asserts; what users bring is checked all the same."""
+    shutil.copytree(ASSETS / "text-gpt2", tmp_path / "broken")
+    config = json.loads((tmp_path / "broken" / "config.json").read_text())
+    (tmp_path / "broken" / "config.json").write_text(json.dumps(config | {"n_layer": 5}))
+    command = [sys.executable, "-O", dt.__file__, *TINY, "--backbone", "broken"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2 and "h.4." in result.stderr and "Traceback" not in result.stderr
 
 
 def test_a_run_with_other_arguments_is_not_overwritten(run_script):

@@ -172,6 +172,23 @@ def test_two_processes_train_one_model(tmp_path):
     assert records[2]["step"] == 80 and 0 < records[2]["loss"] < 2
 
 
+def test_what_processes_cannot_share_is_said_once(tmp_path):
+    program = (*TORCHRUN, "dt_pretrained.py")
+    process = start(tmp_path, *TINY, "--batch-size", "3", program=program)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode != 0 and err.count("--batch-size 3 cannot be shared evenly by 2") == 1
+
+
+def test_two_processes_of_one_name_do_not_take_each_others_files(tmp_path):
+    path = tmp_path / "file"
+    with dt.replacing(path) as ours:
+        ours.write_text("ours")
+        command = "import sys, pathlib, dt_pretrained as dt\n"
+        command += "with dt.replacing(pathlib.Path(sys.argv[1])) as theirs: theirs.write_text('x')"
+        subprocess.run([sys.executable, "-c", command, str(path)], cwd=ROOT, check=True)
+    assert path.read_text() == "ours"
+
+
 ONE_STEP = """
 import sys
 import numpy as np, torch

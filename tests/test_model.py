@@ -338,14 +338,53 @@ def test_action_head_and_return_are_float32_under_autocast(precision):
     assert not torch.equal(*embedded)
 
 
-@pytest.mark.parametrize(
-    "change", [{"scale_attn_by_inverse_layer_idx": True}, {"activation_function": "swish"}]
-)
-def test_gpts_of_another_architecture_are_refused(change, tmp_path, capsys):
+def test_heads_of_other_models_are_no_business_of_a_backbone(tmp_path):
+    """DialoGPT's decoder, double heads, classification and value heads; prefixes of wrappers."""
+    heads = ("lm_head.decoder.weight", "multiple_choice_head.summary.weight", "score.weight")
+
+    def add_heads(weights):
+        for name in (*heads, "v_head.summary.weight"):
+            weights[name] = torch.zeros(2, 128)
+
+    expected = dt.load_backbone(sample_args(dt, backbone="gpt2")).weights
+    change_weights(tmp_path, add_heads)
+    loaded = load_local(tmp_path).weights
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+    for prefix in ("_orig_mod.", "module.", "_orig_mod.module."):
+
+        def add_prefix(weights, prefix=prefix):
+            for name in list(weights):
+                weights[prefix + name] = weights.pop(name)
+
+        change_weights(tmp_path, add_prefix)
+        loaded = load_local(tmp_path).weights
+        assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path, capsys):
+    def add_nan(weights):
+        weights["transformer.h.1.mlp.c_fc.bias"][3] = float("nan")
+
+    change_weights(tmp_path, add_nan)
+    message = refused(tmp_path, capsys)
+    assert "h.1.mlp.c_fc.bias" in message and "not finite" in message
+
+
+OTHER_CONFIGS = [
+    ({"scale_attn_by_inverse_layer_idx": True}, "attention"),
+    ({"activation_function": "swish"}, "swish"),
+    ({"add_cross_attention": True}, "cross-attention"),
+    ({"n_head": 3}, "n_head 3"),
+    ({"n_head": -4}, "n_head -4"),
+]
+
+
+@pytest.mark.parametrize("change,said", OTHER_CONFIGS)
+def test_gpts_of_another_architecture_are_refused(change, said, tmp_path, capsys):
     change_weights(tmp_path, lambda weights: None)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
-    assert "attention" in (message := refused(tmp_path, capsys)) or "swish" in message
+    assert said in refused(tmp_path, capsys)
 
 
 @pytest.mark.parametrize("content", [None, {"model_type": "bert"}, {"no": "model_type"}])
