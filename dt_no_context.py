@@ -825,6 +825,13 @@ def train(args, folder, backbone, device):
 
     Leaves checkpoints, TensorBoard events and summary.json in `folder`, and returns the Run.
     """
+    check_folder(folder, args)
+    if (folder / "summary.json").exists():
+        run = read_run(folder)
+        if len(run.records) > args.num_epochs:
+            print(f"{folder} is finished; a higher --num-epochs would go on with it.")
+            return run
+
     env = make_env(args, args.num_eval_episodes)
     data = OfflineData(load_episodes(args, env), device)
     longest_episode = int(data.timesteps.max()) + 1
@@ -850,7 +857,6 @@ def train(args, folder, backbone, device):
     step = 0
     records = []
     history = []
-    open_folder(folder, args)
     if (folder / "latest.pt").exists():
         checkpoint = read_checkpoint(folder / "latest.pt", device)
         model.load_state_dict(checkpoint["model"])
@@ -869,10 +875,10 @@ def train(args, folder, backbone, device):
         trained_model = nn.parallel.DistributedDataParallel(trained_model)
 
     if RANK == 0:
+        make_folder(folder)
+        save_json(folder / "args.json", asdict(args))
         print(f"\n{folder}: weights from {backbone.source}, {len(data.states):,} steps of data")
-        if len(records) > args.num_epochs:
-            print(f"{folder} is finished; a higher --num-epochs would go on with it.")
-        elif records:
+        if records:
             print(f"{folder} goes on after epoch {len(records) - 1}.")
         writer = SummaryWriter(folder, purge_step=step + 1, flush_secs=10)
         rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
@@ -1026,9 +1032,13 @@ def train_with_replaced_blocks(args, folder, device):
         train(alone, folder / "pretrained", pretrained, device),
     ]
     for block in replaced:
-        mixed_args = replace(args, replace_blocks=(block,))
+        run_folder = folder / f"block_{block}"
+        mixed_args = replace(args, replace_blocks=(block,), save_epochs=args.attention_epochs)
         mixed = mixed_backbone(args, pretrained, block)
-        runs.append(train(mixed_args, folder / f"block_{block}", mixed, device))
+        runs.append(train(mixed_args, run_folder, mixed, device))
+        # No figure needs these: 1.4 GB a block at GPT-2's size.
+        for name in ("best.pt", "latest.pt"):
+            (run_folder / name).unlink(missing_ok=True)
     return runs
 
 
@@ -1305,21 +1315,19 @@ def complete_arguments(args):
         stop(f"--run-name {args.run_name} must be the name of a folder under runs/, not a path.")
 
 
-def open_folder(folder, args):
-    """Make the folder of a run; if there is one, `args` must be what it was started with."""
+def check_folder(folder, args):
+    """If there is a run in `folder` already, `args` must be what it was started with."""
     path = folder / "args.json"
-    if path.exists():
-        earlier = json.loads(path.read_text())
-        # JSON knows no tuples, so that these arguments have to be made lists, too.
-        for name, value in json.loads(json.dumps(asdict(args))).items():
-            if name not in MAY_DIFFER and value != earlier.get(name):
-                stop(
-                    f"{folder} was started with {name} = {earlier.get(name)}, not {value}: "
-                    "choose another --run-name, or the arguments that it was started with."
-                )
-    if RANK == 0:
-        make_folder(folder)
-        save_json(path, asdict(args))
+    if not path.exists():
+        return
+    earlier = json.loads(path.read_text())
+    given = json.loads(json.dumps(asdict(args)))  # JSON makes lists of tuples
+    for name, value in given.items():
+        if name not in MAY_DIFFER and value != earlier.get(name):
+            stop(
+                f"{folder} was started with {name} = {earlier.get(name)}, not {value}: "
+                "choose another --run-name, or the arguments that it was started with."
+            )
 
 
 def make_folder(folder):
@@ -1409,8 +1417,8 @@ if __name__ == "__main__":
     defaults = SAMPLE if "--sample" in sys.argv else Args()
     args = tyro.cli(Args, default=defaults, description=__doc__)
     complete_arguments(args)
-    if args.attention_windows < 0 or not args.attention_epochs:
-        stop("--attention-windows must not be negative, --attention-epochs not empty.")
+    if args.attention_windows < 0 or min(args.attention_epochs, default=-1) < 0:
+        stop("--attention-windows and --attention-epochs must not be negative or empty.")
     args.save_epochs = (*args.save_epochs, *args.attention_epochs)
     folder = Path("runs") / args.run_name
     device = find_device(args)

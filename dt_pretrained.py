@@ -812,6 +812,13 @@ def train(args, folder, backbone, device):
 
     Leaves checkpoints, TensorBoard events and summary.json in `folder`, and returns the Run.
     """
+    check_folder(folder, args)
+    if (folder / "summary.json").exists():
+        run = read_run(folder)
+        if len(run.records) > args.num_epochs:
+            print(f"{folder} is finished; a higher --num-epochs would go on with it.")
+            return run
+
     env = make_env(args, args.num_eval_episodes)
     data = OfflineData(load_episodes(args, env), device)
     longest_episode = int(data.timesteps.max()) + 1
@@ -837,7 +844,6 @@ def train(args, folder, backbone, device):
     step = 0
     records = []
     history = []
-    open_folder(folder, args)
     if (folder / "latest.pt").exists():
         checkpoint = read_checkpoint(folder / "latest.pt", device)
         model.load_state_dict(checkpoint["model"])
@@ -856,10 +862,10 @@ def train(args, folder, backbone, device):
         trained_model = nn.parallel.DistributedDataParallel(trained_model)
 
     if RANK == 0:
+        make_folder(folder)
+        save_json(folder / "args.json", asdict(args))
         print(f"\n{folder}: weights from {backbone.source}, {len(data.states):,} steps of data")
-        if len(records) > args.num_epochs:
-            print(f"{folder} is finished; a higher --num-epochs would go on with it.")
-        elif records:
+        if records:
             print(f"{folder} goes on after epoch {len(records) - 1}.")
         writer = SummaryWriter(folder, purge_step=step + 1, flush_secs=10)
         rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
@@ -1082,21 +1088,19 @@ def complete_arguments(args):
         stop(f"--run-name {args.run_name} must be the name of a folder under runs/, not a path.")
 
 
-def open_folder(folder, args):
-    """Make the folder of a run; if there is one, `args` must be what it was started with."""
+def check_folder(folder, args):
+    """If there is a run in `folder` already, `args` must be what it was started with."""
     path = folder / "args.json"
-    if path.exists():
-        earlier = json.loads(path.read_text())
-        # JSON knows no tuples, so that these arguments have to be made lists, too.
-        for name, value in json.loads(json.dumps(asdict(args))).items():
-            if name not in MAY_DIFFER and value != earlier.get(name):
-                stop(
-                    f"{folder} was started with {name} = {earlier.get(name)}, not {value}: "
-                    "choose another --run-name, or the arguments that it was started with."
-                )
-    if RANK == 0:
-        make_folder(folder)
-        save_json(path, asdict(args))
+    if not path.exists():
+        return
+    earlier = json.loads(path.read_text())
+    given = json.loads(json.dumps(asdict(args)))  # JSON makes lists of tuples
+    for name, value in given.items():
+        if name not in MAY_DIFFER and value != earlier.get(name):
+            stop(
+                f"{folder} was started with {name} = {earlier.get(name)}, not {value}: "
+                "choose another --run-name, or the arguments that it was started with."
+            )
 
 
 def make_folder(folder):

@@ -2,12 +2,11 @@
 
 import itertools
 import json
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import ASSETS, TINY, assert_one_sentence, make_model, sample_args
+from conftest import ASSETS, TINY, assert_one_sentence, load_data, make_model, sample_args
 
 import dt_no_context as dt
 
@@ -16,32 +15,41 @@ SIZE = [*TINY, "--num-epochs", "2", "--attention-windows", "10"]
 
 
 def random_windows(count=7, K=20):
-    states, actions = torch.randn(count, K, 11), torch.rand(count, K, 3) * 2 - 1
-    return (
-        torch.randn(count, K, 1),
-        states,
-        actions,
-        torch.arange(K).expand(count, K),
-        torch.ones(count, K).bool(),
+    return dt.Windows(
+        returns_to_go=torch.randn(count, K, 1),
+        states=torch.randn(count, K, 11),
+        actions=torch.rand(count, K, 3) * 2 - 1,
+        timesteps=torch.arange(K).expand(count, K),
+        valid=torch.ones(count, K).bool(),
     )
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Attention distance
+# Attention
 # ---------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("n", [1, 2, 60])
+@pytest.mark.parametrize("n", [3, 60])
 def test_closed_forms(n):
-    """Query i looks i / 2 back under uniform causal attention, 0 at itself, i at the first token."""
+    """Uniform causal attention, attention to oneself, and to the first token, of n = 3K tokens."""
     uniform = torch.ones(n, n).tril() / torch.arange(1, n + 1)[:, None]
     first = torch.zeros(n, n)
     first[:, 0] = 1
-    assert abs(dt.mean_distance(uniform) - (n - 1) / 4) < 1e-5
-    assert dt.mean_distance(torch.eye(n)) == 0
-    assert abs(dt.mean_distance(first) - (n - 1) / 2) < 1e-5
-    for i in range(n):  # a single query
+    statistics = dt.attention_statistics(torch.stack([uniform, torch.eye(n), first]))
+    i = np.arange(n)  # query i has i + 1 keys, of which i // 3 + 1 are returns
+    expected = {
+        "distance": [(n - 1) / 4, 0, (n - 1) / 2],
+        "own_token": [np.mean(1 / (i + 1)), 1, 1 / n],
+        "on_returns": [np.mean((i // 3 + 1) / (i + 1)), 1 / 3, 1],
+        "on_states": [np.mean(((i + 2) // 3) / (i + 1)), 1 / 3, 0],
+        "on_actions": [np.mean(((i + 1) // 3) / (i + 1)), 1 / 3, 0],
+        "entropy": [np.mean(np.log(i + 1)), 0, 0],
+    }
+    assert statistics.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(statistics[name], values, atol=1e-5, err_msg=name)
+    for query in range(n):  # a single query looks as far back as it is
         only = torch.zeros(n, n)
-        only[i, 0] = 1
-        assert abs(dt.mean_distance(only) * n - i) < 1e-4
+        only[query, 0] = 1
+        assert abs(dt.attention_statistics(only)["distance"] * n - query) < 1e-4
 
 
 def test_a_block_whose_queries_vanish_attends_uniformly():
@@ -50,7 +58,9 @@ def test_a_block_whose_queries_vanish_attends_uniformly():
     for block in model.transformer.h:
         block.attn.c_attn.weight.data[:, :128] = 0
         block.attn.c_attn.bias.data[:128] = 0
-    np.testing.assert_allclose(dt.attention_distances(model, random_windows()), 59 / 4, rtol=1e-5)
+    statistics = dt.attention_of_heads(model, random_windows())
+    np.testing.assert_allclose(statistics["distance"], 59 / 4, rtol=1e-5)
+    np.testing.assert_allclose(statistics["entropy"], np.log(np.arange(1, 61)).mean(), rtol=1e-4)
 
 
 @torch.no_grad()
@@ -88,25 +98,33 @@ def test_weights_equal_transformers_attentions(backbone, kind):
         attentions = reference(
             inputs_embeds=tokens, use_cache=False, output_attentions=True
         ).attentions
-    expected = torch.stack([dt.mean_distance(a) for a in attentions], dim=1)
-    np.testing.assert_allclose(dt.attention_distances(model, windows), expected, rtol=1e-4)
+    ours = dt.attention_of_heads(model, windows)
+    for name, values in ours.items():
+        expected = torch.stack([dt.attention_statistics(a)[name] for a in attentions], dim=1)
+        np.testing.assert_allclose(values, expected, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
 def test_gap_is_the_size_of_the_change_of_the_mean_over_heads():
-    """One window, two blocks, the second with a single head: block 0 goes from 3 to 2 tokens, block 1 from 5 to 9."""
-    before, after = [[[2.0, 4.0], [5.0, np.nan]]], [[[1.0, 3.0], [9.0, np.nan]]]
-    np.testing.assert_allclose(dt.gap({0: np.array(before), 4: np.array(after)}, 4), [[1.0, 4.0]])
+    """One window, two blocks, one with a single head: block 0 goes from 3 to 2, block 1 from 5 to 9."""
+    before = {"distance": np.array([[[2.0, 4.0], [5.0, np.nan]]])}
+    after = {"distance": np.array([[[1.0, 3.0], [9.0, np.nan]]])}
+    np.testing.assert_allclose(dt.distance_gap({0: before, 4: after}, 4), [[1.0, 4.0]])
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Block replacement
 # ---------------------------------------------------------------------------------------------------------------
+def mixed_backbone(name, block):
+    args = sample_args(dt, backbone=name)
+    return dt.mixed_backbone(args, dt.load_backbone(args), block)
+
+
 @pytest.mark.parametrize("backbone", ["gpt2", "igpt"])
 @pytest.mark.parametrize("index", [0, 2, 3])
 def test_the_replaced_block_is_the_source_and_the_others_are_not(backbone, index):
     source = make_model(dt, backbone)
-    random = make_model(dt, backbone, partial(dt.load_mixture, block=None))
-    mixed = make_model(dt, backbone, partial(dt.load_mixture, block=index))
+    random = make_model(dt, mixed_backbone(backbone, None))
+    mixed = make_model(dt, mixed_backbone(backbone, index))
     for i, block in enumerate(mixed.transformer.h):
         expected = (source if i == index else random).transformer.h[i]
         assert block.attn.n_head == (4 if i == index else 1) and type(block.mlp.act) is type(
@@ -119,18 +137,18 @@ def test_the_replaced_block_is_the_source_and_the_others_are_not(backbone, index
         )
         other = (random if i == index else source).transformer.h[i].state_dict()
         assert not torch.equal(ours["attn.c_attn.weight"], other["attn.c_attn.weight"])
-    heads = dt.attention_distances(mixed, random_windows())
+    heads = dt.attention_of_heads(mixed, random_windows())["distance"]
     assert heads.shape == (7, 4, 4) and np.isfinite(heads[:, index]).all()
     others = np.delete(heads, index, axis=1)
     assert np.isfinite(others[:, :, 0]).all() and np.isnan(others[:, :, 1:]).all()
 
 
 def test_a_mixed_model_is_rebuilt_from_its_checkpoint(tmp_path):
-    mixed = make_model(dt, "igpt", partial(dt.load_mixture, block=0))
+    mixed = make_model(dt, mixed_backbone("igpt", 0))
     torch.save(
         dict(architecture=mixed.architecture, model=mixed.state_dict()), tmp_path / "mixed.pt"
     )
-    rebuilt, _ = dt.load_model(tmp_path / "mixed.pt", "cpu")
+    rebuilt = dt.load_model(tmp_path / "mixed.pt", "cpu")
     windows = random_windows()[:4]
     with torch.no_grad():
         assert torch.equal(mixed(*windows), rebuilt(*windows))
@@ -141,7 +159,8 @@ def test_a_mixed_model_is_rebuilt_from_its_checkpoint(tmp_path):
     [
         (["--replace-blocks", "7"], ["0 to 3"]),
         (["--replace-blocks", "1", "--backbone", "random"], ["pre-trained"]),
-        (["--compare", "nowhere"], ["nowhere"]),
+        (["--runs", "nowhere"], ["nowhere"]),
+        (["--attention-epochs"], ["--attention-epochs"]),
         (["--dataset", "missing.hdf5"], ["missing.hdf5"]),
     ],
 )
@@ -157,11 +176,11 @@ def test_with_one_step_no_output_depends_on_another_step():
     args = sample_args(dt)
     assert args.context_length == 1
     env = dt.make_env(args, 3)
-    data = dt.OfflineData(args, env, torch.device("cpu"))
+    data = load_data(dt, args)
     model = make_model(dt, "gpt2")
     seen = []
     model.register_forward_hook(lambda module, inputs, output: seen.append((inputs, output)))
-    dt.evaluate(model, env, data, args)
+    dt.evaluate(model, env, data.state_mean, data.state_std, args)
     for (returns_to_go, states, actions, timesteps), output in seen[:5] + seen[-5:]:
         assert states.shape[1] == 1
         parts = [
@@ -173,37 +192,54 @@ def test_with_one_step_no_output_depends_on_another_step():
         )  # no other copy, no other step, not even its own action
         torch.testing.assert_close(alone, output, rtol=1e-4, atol=1e-5)
     window = data.windows(torch.tensor([0, 10]), args.context_length)
-    assert all(x.shape[1] == 1 for x in window) and window[-1].all()
+    assert all(x.shape[1] == 1 for x in window) and window.valid.all()
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Whole runs
 # ---------------------------------------------------------------------------------------------------------------
-def test_run_with_comparison(run_script, tmp_path):
+def test_a_run_and_finished_runs_side_by_side(run_script, tmp_path):
+    """A run with K = 1, and then beside one of dt_pretrained.py with K = 20, without training."""
     earlier = [*TINY, "--num-epochs", "1", "--backbone", "igpt", "--run-name", "earlier"]
     assert run_script("dt_pretrained.py", *earlier).status == 0
-    result = run_script(SCRIPT, *SIZE, "--run-name", "a", "--compare", "runs/earlier")
+    result = run_script(SCRIPT, *SIZE, "--run-name", "a")
     assert result.status == 0, result.err
     folder = tmp_path / "runs" / "a"
-    results = json.loads((folder / "results.json").read_text())
-    assert [(run["run"], run["K"]) for run in results["runs"]] == [("gpt2", 1), ("igpt", 20)]
-    _, records, _ = dt.read_run(folder)
-    assert results["runs"][0]["best_score"] == max(r["normalized_score"] for r in records[1:])
-    attention = results["attention_distance"]
-    assert [(row["epoch"], row["block"]) for row in attention] == list(
-        itertools.product((0, 2), range(4))
-    )
-    assert all(
-        len(row["distance_per_head"]) == 4 and (row["median_gap"] > 0) == (row["epoch"] == 2)
-        for row in attention
-    )
-    for name in ("no_context.png", "attention_distance.png"):
+    records = dt.read_run(folder).records
+    alone = json.loads((folder / "results.json").read_text())
+    assert alone["runs"][0]["best_score"] == max(r["normalized_score"] for r in records[1:])
+    rows = alone["attention"]
+    assert [(row["epoch"], row["block"]) for row in rows] == [*itertools.product((0, 2), range(4))]
+    for row in rows:
+        assert len(row["distance"]) == len(row["entropy"]) == 4
+        assert (row["median_gap"] > 0) == (row["epoch"] == 2)
+        kinds = [row["on_returns"], row["on_states"], row["on_actions"]]
+        np.testing.assert_allclose(np.sum(kinds, axis=0), 1, rtol=1e-5)
+    for name in ("learning_curves.png", "attention_gaps.png", "attention_heads.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
-    assert "igpt" in result.out and "best_score" in result.out
+
+    finished = [
+        "--runs",
+        "runs/a",
+        "runs/earlier",
+        "--attention-epochs",
+        "0",
+        "1",
+        "--run-name",
+        "b",
+    ]
+    result = run_script(SCRIPT, *SIZE, *finished)
+    assert result.status == 0 and "igpt" in result.out and "best_score" in result.out, result.err
+    both = json.loads((tmp_path / "runs" / "b" / "results.json").read_text())
+    assert [(run["run"], run["K"]) for run in both["runs"]] == [("gpt2", 1), ("igpt", 20)]
+    assert {row["epoch"] for row in both["attention"]} == {0, 1}
+    before = [row for row in both["attention"] if row["label"] == "gpt2" and row["epoch"] == 0]
+    assert [row["distance"] for row in before] == [row["distance"] for row in rows[:4]]
+    assert not list((tmp_path / "runs" / "b").glob("*.pt"))
 
 
 def test_replaced_blocks_are_gone_on_with(run_script, tmp_path, monkeypatch):
-    """The study is cut off by Ctrl-C in the third run, resumed, and ends as without it."""
+    """The study is cut off by Ctrl-C in the third run, goes on, and ends as without it."""
     run = [*SIZE, "--num-epochs", "1", "--replace-blocks", "2", "--attention-windows", "4"]
     assert run_script(SCRIPT, *run, "--run-name", "whole").status == 0
     steps, step = itertools.count(1), torch.optim.AdamW.step
@@ -216,13 +252,15 @@ def test_replaced_blocks_are_gone_on_with(run_script, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", interrupting_step)
         result = run_script(SCRIPT, *run, "--run-name", "cut")
-    assert result.status == 130 and "--resume runs/cut" in result.err
-    assert run_script(SCRIPT, "--resume", "runs/cut").status == 0
+    assert result.status == 130 and "--run-name cut" in result.err
+    assert run_script(SCRIPT, *run, "--run-name", "cut").status == 0
     whole, cut = (
-        (tmp_path / "runs" / name / "results.json").read_text() for name in ("whole", "cut")
+        (tmp_path / "runs" / name / "results.json").read_text().replace(f"runs/{name}", "")
+        for name in ("whole", "cut")
     )
     assert whole == cut
     runs = json.loads(cut)["runs"]
-    assert [run["run"] for run in runs] == ["random", "gpt2", "block_2"]
+    assert [run["run"] for run in runs] == ["random", "gpt2", "block 2"]
     assert len({run["last_loss"] for run in runs}) == 3
-    assert (tmp_path / "runs" / "cut" / "block_replacement.png").exists()
+    kept = {path.name for path in (tmp_path / "runs" / "cut" / "block_2").glob("*.pt")}
+    assert kept == {"epoch_0.pt", "epoch_1.pt"}  # what the attention of its epochs needs
