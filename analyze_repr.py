@@ -938,7 +938,8 @@ def train(args, folder, backbone, device):
                 num_logged = i + 1
                 if not np.isfinite(means).all():
                     stop(f"The loss is not finite at step {step}; try a lower --learning-rate.")
-                progress.set_postfix(loss=f"{means[0]:.4f}", refresh=False)
+                latest = {name: f"{value:.4f}" for name, value in zip(METRICS, means)}
+                progress.set_postfix(latest, refresh=False)
                 history.append({"step": step, **dict(zip(METRICS, means))})
                 for name, value in zip(METRICS, means):
                     writer.add_scalar(f"train/{name}", value, step)
@@ -1112,7 +1113,7 @@ def gram_matrices(layers):
 
 def cka(grams_a, grams_b):
     """Linear CKA of all layers of one model with all of another: [layers a, layers b]."""
-    return grams_a @ grams_b.T
+    return (grams_a @ grams_b.T).numpy()
 
 
 def grams_of_tokens(model, windows):
@@ -1729,7 +1730,7 @@ def check_own_arguments(args):
         stop(f"--epochs {max(args.epochs)} is beyond --num-epochs {args.num_epochs}.")
     if 0 < args.cka_windows < 4 or args.cka_windows < 0 or args.mine_windows < 0:
         stop("--cka-windows must be 0 or at least 4, --mine-windows 0 or more.")
-    if not 1 <= args.mine_batch_size <= max(1, args.mine_windows):
+    if args.mine_batch_size < 1 or 0 < args.mine_windows < args.mine_batch_size:
         stop("--mine-batch-size must be at least 1, and at most --mine-windows.")
 
 

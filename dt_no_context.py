@@ -926,7 +926,8 @@ def train(args, folder, backbone, device):
                 num_logged = i + 1
                 if not np.isfinite(means).all():
                     stop(f"The loss is not finite at step {step}; try a lower --learning-rate.")
-                progress.set_postfix(loss=f"{means[0]:.4f}", refresh=False)
+                latest = {name: f"{value:.4f}" for name, value in zip(METRICS, means)}
+                progress.set_postfix(latest, refresh=False)
                 history.append({"step": step, **dict(zip(METRICS, means))})
                 for name, value in zip(METRICS, means):
                     writer.add_scalar(f"train/{name}", value, step)

@@ -3,35 +3,25 @@
 import itertools
 import json
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from conftest import TINY, assert_one_sentence, make_model, sample_args
+from conftest import TINY, assert_one_sentence, load_data, make_model, sample_args
 from test_model import reference_backbone
 
 import analyze_repr as ar
 
 SCRIPT = "analyze_repr.py"
-SIZE = [
-    *TINY,
-    "--num-epochs",
-    "1",
-    "--context-length",
-    "5",
-    "--mine-windows",
-    "40",
-    "--mine-batch-size",
-    "20",
-    "--mine-passes",
-    "2",
-]
+SIZE = [*TINY, "--num-epochs", "1", "--context-length", "5"]
+SIZE += ["--mine-windows", "40", "--mine-batch-size", "20", "--mine-passes", "2"]
 
 
 def model_and_data(backbone="gpt2"):
-    args = sample_args(ar)
-    return make_model(ar, backbone), ar.OfflineData(args, ar.make_env(args, 1), torch.device("cpu"))
+    return make_model(ar, backbone), load_data(ar, sample_args(ar))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -91,7 +81,7 @@ def test_all_layers_at_once_equal_the_formula_pair_by_pair():
     matrix = ar.cka(grams, grams)
     expected = [[cka_by_its_formula(x, y) for y in layers] for x in layers]
     np.testing.assert_allclose(matrix, expected, rtol=1e-9, atol=1e-9)
-    assert torch.equal(matrix, matrix.T) and matrix[2, 3] > 0.5
+    assert np.array_equal(matrix, matrix.T) and matrix[2, 3] > 0.5
     x, y = (
         layers[1],
         layers[2],
@@ -115,7 +105,7 @@ def test_activations_are_those_of_transformers(backbone):
     model, data = model_and_data(backbone)
     windows = data.windows(torch.arange(7) * 11, 5)
     names, positions = ar.layer_names(4), [14, 3, 13]
-    ours = ar.activations(model, windows, dict.fromkeys(names, positions), chunk_size=3)
+    ours = ar.activations(model, windows, names, positions, chunk_size=3)
     reference = reference_backbone(backbone, fresh=False)
     theirs = {}
     for name in names:
@@ -133,12 +123,14 @@ def test_activations_are_those_of_transformers(backbone):
     assert ours["2.mlp.c_fc"].shape[-1] == 512 and not model.transformer.h[0].ln_1._forward_hooks
 
 
-def test_align():
+def test_align_depth():
     of_24 = np.arange(24 * 9.0)
     pairs = of_24.reshape(12, 2, 9).mean(axis=1).flatten()
-    np.testing.assert_allclose(ar.align(of_24, 12), pairs)
-    np.testing.assert_allclose(ar.align(of_24[:108], 12), of_24[:108])
-    thirds = ar.align(np.repeat([0.0, 1.0, 5.0], 9), 2)  # the middle block lies half in either
+    np.testing.assert_allclose(ar.align_depth(of_24, 12), pairs)
+    np.testing.assert_allclose(ar.align_depth(of_24[:108], 12), of_24[:108])
+    thirds = ar.align_depth(
+        np.repeat([0.0, 1.0, 5.0], 9), 2
+    )  # the middle block lies half in either
     np.testing.assert_allclose(thirds, np.repeat([1 / 3, 11 / 3], 9))
 
 
@@ -152,11 +144,14 @@ def gaussians(dimensions, rho, count):
     return x, rho * x + (1 - rho**2) ** 0.5 * noise, -0.5 * dimensions * math.log(1 - rho**2)
 
 
+CPU = torch.device("cpu")
+
+
 def estimate(cases, **settings):
-    args = ar.Args(mine_repeats=1, **settings)
+    args = ar.Args(**settings)
     x, t, truth = zip(*(gaussians(*case, 2 * args.mine_windows) for case in cases))
-    held_out, training = ar.mutual_information(list(zip(x, t)), args, "cpu")[:, :, 0]
-    return held_out, training, truth
+    held_out, training = ar.mine(torch.stack(x), torch.stack(t), args, CPU)
+    return held_out.numpy(), training.numpy(), truth
 
 
 @pytest.mark.parametrize("dimensions,rhos", [(1, (0, 0.9)), (10, (0, 0.6))])
@@ -181,7 +176,7 @@ def test_the_papers_settings_memorize():
     assert training.min() > 2 and held_out[0] < -1 and truth[0] == 0
 
 
-SMALL = dict(mine_windows=90, mine_batch_size=40, mine_passes=3, mine_repeats=2, seed=5)
+SMALL = dict(mine_windows=90, mine_batch_size=40, mine_passes=3)
 
 
 def plain_mine(x, t, seed):
@@ -224,15 +219,16 @@ def plain_mine(x, t, seed):
 def test_side_by_side_equals_one_at_a_time_and_a_plain_loop():
     x, t, _ = zip(*(gaussians(3, rho, 180) for rho in (0, 0.5, 0.9)))
     pairs = [(x[0], t[0]), (x[1], t[1]), (x[2], t[2]), (x[0], t[2])]
-    together, alone, threes = (
-        ar.mutual_information(pairs, ar.Args(mine_group=group, **SMALL), "cpu")
-        for group in (100, 1, 3)
-    )
-    plain = [[plain_mine(*pair, seed) for seed in (5, 6)] for pair in pairs]
-    np.testing.assert_allclose(together, alone, rtol=1e-3, atol=1e-5)
-    np.testing.assert_allclose(together, threes, rtol=1e-3, atol=1e-5)
-    np.testing.assert_allclose(together, np.moveaxis(plain, -1, 0), rtol=1e-3, atol=1e-5)
-    assert np.abs(together[..., 0] - together[..., 1]).min() > 1e-5  # the seeds are different ones
+    by_seed = []
+    for seed in (5, 6):
+        args = ar.Args(seed=seed, **SMALL)
+        together = torch.stack(ar.mine(*map(torch.stack, zip(*pairs)), args, CPU))  # [2, pairs]
+        alone = [torch.cat(ar.mine(a[None], b[None], args, CPU)) for a, b in pairs]
+        plain = [plain_mine(a, b, seed) for a, b in pairs]
+        np.testing.assert_allclose(together.T, torch.stack(alone), rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(together.T, plain, rtol=1e-3, atol=1e-5)
+        by_seed.append(together)
+    assert (by_seed[0] - by_seed[1]).abs().min() > 1e-5  # the seeds are different ones
 
 
 def test_networks_start_as_nn_linear_does():
@@ -259,53 +255,125 @@ def test_networks_start_as_nn_linear_does():
 
 def test_a_diverged_estimator_is_missing_and_the_others_are_not():
     x, t, _ = zip(*(gaussians(2, 0.5, 180) for _ in range(3)))
-    pairs = [(x[0], t[0]), (x[1] * 1e30, t[1]), (x[2], t[2])]
+    x = torch.stack([x[0], x[1] * 1e30, x[2]])
     args = ar.Args(mine_paper_settings=True, **SMALL)  # raw units, so that they can be too large
-    held_out, training = ar.mutual_information(pairs, args, "cpu")
-    assert (
-        np.isnan(held_out[1]).all()
-        and np.isfinite(held_out[[0, 2]]).all()
-        and np.isfinite(training[0]).all()
+    held_out, training = ar.mine(x, torch.stack(t), args, CPU)
+    assert held_out[1].isnan() and held_out[[0, 2]].isfinite().all() and training[0].isfinite()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Whose information
+# ---------------------------------------------------------------------------------------------------------------
+def asked_by(function, monkeypatch, num_blocks, num_steps):
+    """What a function asks MINE about: [(of, block, token, number of steps, x name, t name)].
+
+    The model's outputs and the data are replaced by numbers that tell where they come from.
+    """
+    data = {name: 100.0 * (i + 1) for i, name in enumerate(ar.TOKENS)}
+    windows = SimpleNamespace()
+    monkeypatch.setattr(
+        ar,
+        "data_variables",
+        lambda windows, steps: {
+            name: (value + torch.tensor(steps))[:, None, None].expand(-1, 8, 1)
+            for name, value in data.items()
+        },
+    )
+    monkeypatch.setattr(
+        ar,
+        "block_output",
+        lambda model, windows, block, steps: {
+            name: (10_000.0 * (block + 1) + value + torch.tensor(steps))[:, None, None].expand(
+                -1, 8, 1
+            )
+            for name, value in data.items()
+        },
     )
 
+    def name_of(value):
+        value = int(value)
+        block, rest = divmod(value, 10_000)
+        token, step = divmod(rest, 100)
+        return (None if block == 0 else block - 1, ar.TOKENS[token - 1], step)
 
-def test_questions_of_the_paper():
-    for blocks, shown in ((12, {0, 6, 11}), (24, {0, 12, 23}), (1, {0})):
-        asked = ar.questions_about_model(blocks, 20, range(20))
-        context = ar.select(asked, analysis="context")
-        assert {q["block"] for q in context} == shown and len(context) == len(
-            shown
-        ) * 2 * 59  # every token but a_K
-        for q in context:
-            variable, representation = (q["token"], q["step"]), ("state", 19)
-            if q["quantity"] == "I(Y;T)":
-                variable, representation = ("action", 19), (q["token"], q["step"])
-            assert (q["variable"], q["representation"]) == (variable, representation)
-        alone = ar.select(asked, analysis="no context")
-        assert len(alone) == blocks * 20 * 2 and all(
-            q["representation"] == ("state", q["variable"][1]) for q in alone
-        )
-    without_context = ar.questions_about_model(4, 1, [0])
-    assert {q["token"] for q in without_context} == {"return", "state", "action"}
-    assert not ar.select(without_context, analysis="context", token="action")
+    asked = []
+
+    def spy(x, t, args, device):
+        asked.append([(name_of(a[0, 0]), name_of(b[0, 0])) for a, b in zip(x, t)])
+        return torch.zeros(len(x)), torch.zeros(len(x))
+
+    monkeypatch.setattr(ar, "mine", spy)
+    model = SimpleNamespace(transformer=SimpleNamespace(h=range(num_blocks)))
+    steps = list(range(num_steps))
+    arguments = [windows, steps, ar.Args(), CPU]
+    if function is not ar.information_in_data:
+        arguments.insert(0, model)
+    rows = function(*arguments)
+    return rows, [pair for batch in asked for pair in batch]
 
 
-def test_answers_tell_a_dependent_representation_from_its_control():
+@pytest.mark.parametrize("num_blocks,shown", [(12, {0, 6, 11}), (24, {0, 12, 23}), (1, {0})])
+def test_questions_with_context(num_blocks, shown, monkeypatch):
+    """Fig. 2: every token but a_K with T(s_K), and a_K with T of every token but a_K."""
+    rows, asked = asked_by(ar.information_with_context, monkeypatch, num_blocks, 20)
+    expected = []
+    for block in shown:
+        for step in range(20):
+            for token in ar.TOKENS:
+                if (token, step) != ("action", 19):
+                    expected.append(((None, token, step), (block, "state", 19)))
+                    expected.append(((None, "action", 19), (block, token, step)))
+        expected.append(((None, "state", 19), (block, "state", 19)))  # the controls
+        expected.append(((None, "action", 19), (block, "state", 19)))
+    assert sorted(asked, key=str) == sorted(expected, key=str)
+    assert {row["block"] for row in rows} == shown and len(rows) == len(asked)
+    assert sum(row["control"] for row in rows) == 2 * len(shown)
+
+
+def test_questions_about_the_same_step_and_about_the_data(monkeypatch):
+    rows, asked = asked_by(ar.information_of_same_step, monkeypatch, 4, 20)
+    expected = []
+    for block in range(4):
+        for step in [*range(20), 19]:  # and the control at the last
+            expected.append(((None, "state", step), (block, "state", step)))
+            expected.append(((None, "action", step), (block, "state", step)))
+    assert sorted(asked, key=str) == sorted(expected, key=str) and len(rows) == len(asked)
+    rows, asked = asked_by(ar.information_in_data, monkeypatch, 4, 20)
+    expected = []
+    for step in [*range(20), 19]:
+        expected.append(((None, "state", step), (None, "action", step)))
+        expected.append(((None, "return", step), (None, "action", step)))
+    assert sorted(asked, key=str) == sorted(expected, key=str) and len(rows) == len(asked)
+
+
+def test_without_context_there_is_no_action_to_ask_about(monkeypatch):
+    rows, _ = asked_by(ar.information_with_context, monkeypatch, 4, 1)
+    assert {row["token"] for row in rows} == {"return", "state"}
+
+
+def test_a_dependent_representation_is_told_from_its_control():
+    """T knows s_K, in other units, and nothing else; the control sees other windows' s_K."""
     generator = torch.Generator().manual_seed(0)
-    args = ar.Args(mine_windows=400, mine_batch_size=40, mine_repeats=1)
-    windows = [torch.randn(800, 2, width, generator=generator) for width in (1, 4, 2)]
-    keys = itertools.product([0], ar.TOKENS, (0, 1))
-    representations = {key: torch.randn(800, 6, generator=generator) for key in keys}
-    representations[0, "state", 1][:, :4] = (
-        windows[1][:, 1] * 5
-    )  # T(s_K) knows s_K, in other units, and nothing else
-    answers = ar.answer(
-        ar.questions_about_model(1, 2, [0, 1]), windows, representations, args, "run"
-    )
-    for a in answers:
-        knows = a["variable"] == a["representation"] == ("state", 1) and not a["control"]
-        assert (a["held_out"][0] > 1) == knows and (abs(a["held_out"][0]) < 0.2) != knows, a
-    assert sum(a["control"] for a in answers) == 4
+    args = ar.Args(mine_windows=400, mine_batch_size=40)
+    x = torch.randn(2, 800, 4, generator=generator)
+    t = torch.randn(2, 800, 6, generator=generator)
+    t[1, :, :4] = x[1] * 5
+    rows = ar.estimate(x, t, args, CPU, of="I(X;T)") + ar.estimate_control(x, t, args, CPU)
+    assert [row["control"] for row in rows] == [False, False, True]
+    assert abs(rows[0]["held_out"]) < 0.2 and rows[1]["held_out"] > 1
+    assert abs(rows[2]["held_out"]) < 0.2
+
+
+def test_data_is_shuffled_within_the_halves(monkeypatch):
+    """A control must not see in its held-out half what it was trained on."""
+    seen = []
+    monkeypatch.setattr(ar, "mine", lambda x, t, *rest: seen.append(x) or (torch.zeros(1),) * 2)
+    x = torch.arange(80.0)[None, :, None]
+    ar.estimate_control(x, x, ar.Args(), CPU)
+    shuffled = seen[0][0]
+    assert torch.equal(shuffled[:40].sort(0).values, x[0, :40])
+    assert torch.equal(shuffled[40:].sort(0).values, x[0, 40:])
+    assert (shuffled == x[0]).float().mean() < 0.2
 
 
 def test_windows_are_whole_and_the_held_out_ones_from_other_episodes(capsys):
@@ -314,195 +382,136 @@ def test_windows_are_whole_and_the_held_out_ones_from_other_episodes(capsys):
     data.windows = lambda starts, K: seen.append(starts) or windows(starts, K)
     args = ar.Args(cka_windows=100, mine_windows=500)
     chosen = ar.choose_windows(data, 20, args)
-    assert all(part[-1].all() for part in chosen) and [len(starts) for starts in seen] == [
-        100,
-        1000,
-    ]
-    training, held_out = seen[1].split(500)
-    assert not {*data.episode_ends[training].tolist()} & {*data.episode_ends[held_out].tolist()}
-    assert len(seen[1].unique()) == 1000
+    assert all(part.valid.all() for part in chosen)
+    assert [len(starts) for starts in seen] == [100, 500, 500]
+    training, held_out = seen[1:]
+    episodes = [{*data.episode_ends[starts].tolist()} for starts in (training, held_out)]
+    assert not episodes[0] & episodes[1]
+    assert len(torch.cat([training, held_out]).unique()) == 1000
     with pytest.raises(SystemExit):
         ar.choose_windows(data, 20, ar.Args(mine_windows=15_000))
     assert "whole windows" in capsys.readouterr().err
 
 
-def test_data_is_shuffled_within_the_halves(monkeypatch):
-    """A control must not see in its held-out half what it was trained on."""
-    seen = []
-    monkeypatch.setattr(
-        ar,
-        "mutual_information",
-        lambda pairs, *rest: seen.extend(pairs) or np.zeros((2, len(pairs), 1)),
-    )
-    windows = [torch.arange(80.0)[:, None, None].expand(80, 1, 1)] * 3
-    representations = {(None, "action", 0): torch.zeros(80, 1)}
-    answers = ar.answer(ar.questions_about_data([0]), windows, representations, ar.Args(), "data")
-    assert [a["control"] for a in answers] == [False, True] * 2 and len(seen) == 4
-    for (original, _), (shuffled, _) in (seen[:2], seen[2:]):
-        assert torch.equal(shuffled[:40].sort(0).values, original[:40])
-        assert torch.equal(shuffled[40:].sort(0).values, original[40:])
-        assert (shuffled == original).float().mean() < 0.2
-
-
 @torch.no_grad()
-def test_representations_are_block_outputs_at_their_tokens(monkeypatch):
+def test_representations_are_block_outputs_at_their_tokens():
     model, data = model_and_data("gpt2")
     windows = data.windows(torch.arange(6), 3)
-    monkeypatch.setattr(
-        ar, "answer", lambda asked, windows, representations, *rest: representations
-    )
-    representations = ar.measure_information(model, windows, ar.Args(), [0, 2], "")
     x = model.embed(*windows[:4])
-    positions = {
-        ("return", 0): 0,
-        ("state", 0): 1,
-        ("action", 0): 2,
-        ("return", 2): 6,
-        ("state", 2): 7,
-    }
     for block, module in enumerate(model.transformer.h):
         middle = x + module.attn(module.ln_1(x))
         output = module.mlp(module.ln_2(middle))
         x = middle + output
-        for key, position in positions.items():
-            if key[0] == "state" or block in (0, 2, 3):
-                ours = representations.pop((block, *key))
-                torch.testing.assert_close(ours, output[:, position], rtol=1e-4, atol=1e-4)
-    assert not representations
+        ours = ar.block_output(model, windows, block, [0, 2])
+        for i, token in enumerate(ar.TOKENS):
+            expected = torch.stack([output[:, i], output[:, 6 + i]])
+            torch.testing.assert_close(ours[token], expected, rtol=1e-4, atol=1e-4)
+    variables = ar.data_variables(windows, [0, 2])
+    assert torch.equal(variables["return"][1], windows.returns_to_go[:, 2])
+    assert torch.equal(variables["state"][0], windows.states[:, 0])
+    assert torch.equal(variables["action"][1], windows.actions[:, 2])
 
 
 def test_heat_maps_have_the_first_model_in_rows():
-    grams = {
-        "a": torch.eye(4)[:2],
-        "b": torch.eye(4)[1:],
-    }  # the second layer of a is the first of b
-    results = []
-    for name, gram in grams.items():
-        result = dict(run=name, env="Hopper-v4", K=20, seed=1, sample=False)
-        results.append(result | dict(grams={(when, "state"): gram for when in ("before", "after")}))
-    figure = ar.plot_heat_maps(results, "state")
+    args = {"env": "Hopper-v4", "context_length": 20, "seed": 1, "sample": False}
+    runs = [ar.Run(Path("runs") / name, args, [], []) for name in "ab"]
+    # The second layer of a is the first of b.
+    grams = [{"state": torch.eye(4)[:2]}, {"state": torch.eye(4)[1:]}]
+    figure = ar.plot_heat_maps(runs, grams, grams, "state")
     panels = [axes for axes in figure.axes if axes.get_images()]
-    labels = [(axes.get_ylabel()[-1], axes.get_xlabel()[-1]) for axes in panels[:5]]
-    assert labels == [("a", "a"), ("b", "b"), ("a", "a"), ("b", "b"), ("a", "b")]
-    np.testing.assert_array_equal(panels[4].get_images()[0].get_array(), [[0, 0, 0], [1, 0, 0]])
+    labels = [(axes.get_ylabel(), axes.get_xlabel()) for axes in panels[:5]]
+    a, b = ("layer, a, seed 1", "layer, b, seed 1")
+    assert labels == [(a, a), (b, b), (a, a), (b, b), (a, b)]
+    image = panels[4].get_images()[0].get_array()
+    np.testing.assert_array_equal(image, [[0, 0, 0], [1, 0, 0]])
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Whole runs
 # ---------------------------------------------------------------------------------------------------------------
-FIGURES = [
-    "cka_before_after",
-    "cka_heat_maps_return",
-    "cka_heat_maps_state",
-    "cka_heat_maps_action",
-]
-FIGURES += ["mutual_information", "information_per_block", "information_in_data"]
+FIGURES = ["cka_before_after", "cka_heat_maps_return", "cka_heat_maps_state"]
+FIGURES += ["cka_heat_maps_action", "information_with_context", "information_of_same_step"]
+FIGURES += ["information_in_data"]
 
 
-def test_train_and_analyse(run_script, tmp_path):
-    result = run_script(
-        SCRIPT, *SIZE, "--backbones", "random", "igpt", "--mine-repeats", "2", "--run-name", "a"
-    )
+def test_train_and_analyze(run_script, tmp_path):
+    result = run_script(SCRIPT, *SIZE, "--backbones", "random", "igpt", "--run-name", "a")
     assert result.status == 0, result.err
     folder = tmp_path / "runs" / "a"
     results = json.loads((folder / "results.json").read_text())
-    assert [(row["run"], row["token"]) for row in results["cka"]] == [
-        *itertools.product(("random", "igpt"), ar.TOKENS)
-    ]
+    runs = ("runs/a/random", "runs/a/igpt")
+    expected = [*itertools.product(runs, ar.TOKENS)]
+    assert [(row["run"], row["token"]) for row in results["cka"]] == expected
     for row in results["cka"]:
-        assert len(row["layers"]) == 36 and row["layers_above"] == sum(
-            value > 0.8 for value in row["layers"].values()
-        )
-    assert {a["run"] for a in results["mutual_information"]} == {"data", "random", "igpt"}
-    assert all(len(a["held_out"]) == len(a["training"]) == 2 for a in results["mutual_information"])
+        assert len(row["layers"]) == 36
+        assert row["layers_above"] == sum(value > 0.8 for value in row["layers"].values())
+    assert {row["run"] for row in results["mutual_information"]} == {"data", *runs}
     assert all((folder / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in FIGURES)
-    assert "LayerNorms among them" in result.out and "I(Y;T)" in result.out
+    assert "LayerNorms" in result.out and "I(Y;T)" in result.out
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     assert set(EventAccumulator(str(folder)).Reload().Tags()["images"]) == set(FIGURES)
 
     # Its checkpoints again, by the other door: the same windows give the same numbers.
-    runs = ["--runs", "runs/a/random", "runs/a/igpt", "--mine-windows", "0", "--run-name", "b"]
-    assert run_script(SCRIPT, *SIZE, *runs).status == 0
+    finished = ["--runs", *runs, "--mine-windows", "0", "--run-name", "b"]
+    assert run_script(SCRIPT, *SIZE, *finished).status == 0
     again = json.loads((tmp_path / "runs" / "b" / "results.json").read_text())
     assert again["cka"] == results["cka"] and not again["mutual_information"]
 
 
 def test_before_and_after_are_compared_at_the_right_tokens(run_script, tmp_path):
-    run = [
-        *TINY,
-        "--num-epochs",
-        "1",
-        "--learning-rate",
-        "0.02",
-        "--warmup-steps",
-        "0",
-        "--backbone",
-        "random",
-    ]
-    assert run_script("dt_pretrained.py", *run, "--run-name", "a").status == 0
+    run = [*TINY, "--num-epochs", "1", "--learning-rate", "0.02", "--warmup-steps", "0"]
+    run += ["--backbone", "random", "--run-name", "a"]
+    assert run_script("dt_pretrained.py", *run).status == 0
     folder = tmp_path / "runs" / "a"
-    args = sample_args(ar, mine_windows=0)
-    (result,), information = ar.analyse([folder], args)
-    _, data = model_and_data("random")
-    windows, _ = ar.choose_windows(data, 20, args)
-    assert not information and len(windows[0]) == 100
-    models = [ar.load_model(folder / f"epoch_{epoch}.pt", "cpu")[0] for epoch in (0, 1)]
-    for token, position in (("return", 57), ("state", 58), ("action", 59)):
-        before, after = (
-            ar.activations(model, windows, {"2.ln_2": [position]})["2.ln_2"][0] for model in models
-        )
-        expected = cka_by_its_formula(before, after)
-        assert abs(ar.similarity(result, token)[2 * 9 + 4] - expected) < 1e-6 and expected < 0.999
+    finished = ["--sample", "--runs", "runs/a", "--mine-windows", "0", "--run-name", "b"]
+    assert run_script(SCRIPT, *finished).status == 0
+    results = json.loads((tmp_path / "runs" / "b" / "results.json").read_text())
+    args = ar.Args(mine_windows=0)
+    windows, _, _ = ar.choose_windows(model_and_data("random")[1], 20, args)
+    models = [ar.load_model(folder / f"epoch_{epoch}.pt", "cpu") for epoch in (0, 1)]
+    for row, position in zip(results["cka"], (57, 58, 59)):  # return, state, action
+        x, y = (ar.activations(model, windows, ["2.ln_2"], [position]) for model in models)
+        expected = cka_by_its_formula(x["2.ln_2"][0], y["2.ln_2"][0])
+        assert abs(row["layers"]["2.ln_2"] - expected) < 1e-6 and expected < 0.999
 
 
 def test_without_context(run_script, tmp_path):
-    size = [
-        *SIZE,
-        "--backbones",
-        "random",
-        "--context-length",
-        "1",
-        "--cka-windows",
-        "0",
-        "--run-name",
-        "a",
-    ]
-    result = run_script(SCRIPT, *size)
+    size = [*SIZE, "--backbones", "random", "--context-length", "1", "--cka-windows", "0"]
+    result = run_script(SCRIPT, *size, "--run-name", "a")
     assert result.status == 0, result.err
     results = json.loads((tmp_path / "runs" / "a" / "results.json").read_text())
-    assert {a["step"] for a in results["mutual_information"]} == {0} and not results["cka"]
-    assert (tmp_path / "runs" / "a" / "mutual_information.png").exists()
+    assert {row["step"] for row in results["mutual_information"]} == {0} and not results["cka"]
+    assert (tmp_path / "runs" / "a" / "information_with_context.png").exists()
 
 
 @pytest.mark.parametrize(
     "arguments,said",
     [
         (["--backbones", "/nowhere"], ["nowhere"]),
+        (["--backbones"], ["--backbones"]),
         (["--runs", "nowhere"], ["nowhere"]),
         (["--epochs", "1"], ["--epochs"]),
         (["--epochs", "0", "7"], ["--epochs"]),
         (["--cka-windows", "3"], ["--cka-windows"]),
         (["--mine-windows", "10"], ["--mine-batch-size"]),
+        (["--mine-steps", "0"], ["--mine-steps"]),
     ],
 )
 def test_bad_input_ends_with_one_sentence(arguments, said, run_script):
     assert_one_sentence(run_script(SCRIPT, *SIZE, *arguments), *said)
 
 
+def test_a_backbone_named_twice_is_trained_once(run_script, tmp_path):
+    size = [*SIZE, "--backbones", "random", "random", "--mine-windows", "0", "--run-name", "a"]
+    result = run_script(SCRIPT, *size)
+    assert result.status == 0 and result.out.count("epoch 1: return") == 1, result.err
+
+
 def test_runs_that_saw_other_data_are_refused(run_script):
     for name, environment in (("a", "Hopper-v4"), ("b", "Walker2d-v4")):
-        run = [
-            *TINY,
-            "--num-epochs",
-            "1",
-            "--backbone",
-            "random",
-            "--env",
-            environment,
-            "--run-name",
-            name,
-        ]
-        assert run_script("dt_pretrained.py", *run).status == 0
-    assert_one_sentence(run_script(SCRIPT, *SIZE, "--runs", "runs/a", "runs/b"), "--env")
+        run = [*TINY, "--num-epochs", "1", "--backbone", "random", "--env", environment]
+        assert run_script("dt_pretrained.py", *run, "--run-name", name).status == 0
+    result = run_script(SCRIPT, *SIZE, "--runs", "runs/a", "runs/b")
+    assert_one_sentence(result, "runs/b", "another env")

@@ -178,19 +178,31 @@ def median_seconds(step, warmup, repeats, device):
 
 
 def mine_seconds(device, count, alone, width, passes):
-    """Seconds per estimator of I(state; T), `alone` of them trained one at a time and `count` side by side."""
+    """Seconds per estimator of I(state; T): `alone` of them one at a time, `count` side by side."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, 2 * ar.Args.mine_windows, 17, generator=generator)
-    t = torch.randn(4, 2 * ar.Args.mine_windows, width, generator=generator)
+    args = ar.Args(mine_passes=passes)
+    x = torch.randn(1, 2 * args.mine_windows, 17, generator=generator)
+    t = torch.randn(1, 2 * args.mine_windows, width, generator=generator)
     seconds = []
-    for number, group in ((alone, 1), (count, count)):
-        args = ar.Args(mine_repeats=1, mine_passes=passes, mine_group=group)
-        pairs = [(x[i % 4], t[i // 4 % 4]) for i in range(number)]
-        ar.mutual_information(pairs[:group], replace(args, mine_passes=1), device)  # warm-up
-        start = time.perf_counter()
-        ar.mutual_information(pairs, args, device)  # ends with the estimates on the CPU
-        seconds.append((time.perf_counter() - start) / number)
+    for group, repeats in ((1, alone), (count, 1)):
+        many_x, many_t = x.expand(group, -1, -1), t.expand(group, -1, -1)
+        ar.mine(many_x, many_t, replace(args, mine_passes=1), device)  # warm-up
+        started = time.perf_counter()
+        for _ in range(repeats):
+            ar.mine(many_x, many_t, args, device)  # ends with the estimates on the CPU
+        seconds.append((time.perf_counter() - started) / (group * repeats))
     return seconds
+
+
+def our_step(model, trained_model, optimizer, data, args, window_starts):
+    """The body of the loop in dt_pretrained.train."""
+    windows = data.windows(window_starts, args.context_length)
+    with dt.autocast(args, window_starts.device):
+        loss, _ = dt.training_loss(trained_model, windows)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def main(options):
@@ -200,85 +212,72 @@ def main(options):
         env="HalfCheetah-v5",
         dataset="sample/halfcheetah/medium-v0",
         sample=not small,
+        device=options.device,
+        precision=options.precision,
+        target_return=6000.0,
+        num_eval_episodes=100 if small else 10,
     )
-    args = replace(args, device=options.device, precision=options.precision, target_return=6000.0)
-    args.num_eval_episodes = 100 if small else 10
     device = dt.find_device(args)
     on_gpu = device.type == "cuda"
     repeats = options.steps or (50 if on_gpu else 10)
     eval_steps = options.eval_steps or (1000 if on_gpu else 100)
-    device_name = (
-        torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
-    )
+    gpu_or_cpu = f"CPU, {torch.get_num_threads()} threads"
+    if on_gpu:
+        gpu_or_cpu = torch.cuda.get_device_name()
     rows = []
 
-    start = time.perf_counter()
+    started = time.perf_counter()
     env = dt.make_env(args, args.num_eval_episodes)
-    data = dt.OfflineData(args, env, device)
-    load_seconds = time.perf_counter() - start
-    episodes = dt.read_minari(args.dataset)
+    episodes = dt.load_episodes(args, env)
+    data = dt.OfflineData(episodes, device)
+    load_seconds = time.perf_counter() - started
     mean, std = data.state_mean.cpu().numpy(), data.state_std.cpu().numpy()
-    blocks, final_norm, _, _ = dt.load_backbone(args)
+    backbone = dt.load_backbone(args)
+    block = backbone.blocks[0]
     shape = (data.states.shape[1], data.actions.shape[1])
-    print(f"{device_name}; {len(blocks)} blocks, {blocks[0].n_embd} wide; batch {args.batch_size}")
+    print(f"{gpu_or_cpu}; {len(backbone.blocks)} blocks, {block.n_embd} wide")
     print(f"environments and {len(data.states):,} steps of data loaded in {load_seconds:.1f} s")
 
     torch.manual_seed(0)
     for K in (20, 1):
         args.context_length = K
-        released = ReleasedModel(blocks[0], len(blocks), *shape).to(device)
-        optimizer, rng = torch.optim.AdamW(released.parameters(), 1e-4), np.random.default_rng(0)
+        released = ReleasedModel(block, len(backbone.blocks), *shape).to(device)
+        optimizer = torch.optim.AdamW(released.parameters(), 1e-4)
+        rng = np.random.default_rng(0)
         inputs = (released, optimizer, episodes, mean, std, args.batch_size, K, device, rng)
         theirs = median_seconds(partial(released_step, *inputs), 3, repeats, device)
-        model = dt.DecisionTransformer(blocks, final_norm, *shape, 1000).to(device)
-        learning_rate = torch.tensor(1e-4, device=device)
-        optimizer = torch.optim.AdamW(
-            model.parameters(), learning_rate, fused=True, capturable=on_gpu
-        )
-        loss_function = torch.compile(dt.training_loss) if on_gpu else dt.training_loss
-        training_step = partial(dt.training_step, loss_function, model, optimizer, data, args)
-        training_step = dt.RecordedStep(training_step) if on_gpu else training_step
+        model = dt.make_model(args, backbone, *shape, 1000).to(device).train()
+        trained_model = torch.compile(model, mode="reduce-overhead") if args.compile else model
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
         starts = torch.randint(len(data.states), (args.batch_size,), device=device)
-        ours = median_seconds(partial(training_step, starts), 10 if on_gpu else 3, repeats, device)
+        step = partial(our_step, model, trained_model, optimizer, data, args, starts)
+        ours = median_seconds(step, 10 if on_gpu else 3, repeats, device)
         rows.append((f"training step, K = {K}", theirs * 1e3, ours * 1e3, "ms"))
         if K == 20:
             released.eval()
-            start = time.perf_counter()
+            started = time.perf_counter()
             played = released_episode(released, args, data, eval_steps, args.seed)
-            theirs_evaluation = (time.perf_counter() - start) / played
+            theirs_evaluation = (time.perf_counter() - started) / played
             evaluated = model
 
     args.context_length = 20
     env.spec.max_episode_steps = eval_steps
-    start = time.perf_counter()
-    _, lengths = dt.evaluate(evaluated, env, data, args)
-    ours_evaluation = (time.perf_counter() - start) / lengths.sum()
-    rows.append(
-        (
-            "evaluation, one environment step, K = 20",
-            theirs_evaluation * 1e3,
-            ours_evaluation * 1e3,
-            "ms",
-        )
-    )
+    started = time.perf_counter()
+    _, lengths = dt.evaluate(evaluated, env, data.state_mean, data.state_std, args)
+    ours_evaluation = (time.perf_counter() - started) / lengths.sum()
+    name = "evaluation, one environment step, K = 20"
+    rows.append((name, theirs_evaluation * 1e3, ours_evaluation * 1e3, "ms"))
 
-    count, alone, passes = (360, 10, 20) if on_gpu else (12, 3, 5)
-    alone_seconds, together_seconds = mine_seconds(device, count, alone, blocks[0].n_embd, passes)
-    rows.append(
-        (
-            f"MINE, one estimator of {count}, {passes} passes",
-            alone_seconds * 1e3,
-            together_seconds * 1e3,
-            "ms",
-        )
-    )
+    count, alone, passes = (60, 10, 20) if on_gpu else (12, 3, 5)
+    alone_seconds, together_seconds = mine_seconds(device, count, alone, block.n_embd, passes)
+    name = f"MINE, one estimator of {count}, {passes} passes"
+    rows.append((name, alone_seconds * 1e3, together_seconds * 1e3, "ms"))
 
     print(f"\n{'median':<42}{'released way':>14}{'ours':>14}{'ratio':>9}")
     for name, theirs, ours, unit in rows:
         print(f"{name:<42}{theirs:>11.2f} {unit}{ours:>11.2f} {unit}{theirs / ours:>8.1f}×")
-    print(
-        f"{args.num_eval_episodes} episodes of 1,000 steps: {ours_evaluation * args.num_eval_episodes * 1000:.0f} s"
-    )
+    seconds = ours_evaluation * args.num_eval_episodes * 1000
+    print(f"{args.num_eval_episodes} episodes of 1,000 steps: {seconds:.0f} s")
 
 
 if __name__ == "__main__":
