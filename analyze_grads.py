@@ -12,6 +12,8 @@ Reinforcement Learning", NeurIPS 2022, https://arxiv.org/abs/2211.09817 (section
 
 A comment like [experiment.py#L321] points to a line of the paper's released code, under
 https://github.com/t46/pre-training-different-modality-offline-rl/blob/200abbe/can-wikipedia-help-offline-rl
+
+SPDX-License-Identifier: MIT
 """
 
 import json
@@ -51,6 +53,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 # ==================================================================================================
 @dataclass
 class Args:
+    # What this script looks at
     backbones: tuple[str, ...] = ("random", "gpt2", "igpt")
     """starting points to compare, each as --backbone of dt_pretrained.py takes it"""
     max_grad_norms: tuple[float, ...] = (0.25,)
@@ -66,6 +69,7 @@ class Args:
 
     backbone: tyro.conf.Suppress[str] = ""  # of one run, which the script sets
     max_grad_norm: tyro.conf.Suppress[float] = 0.25
+    # Starting point and data
     env: str = "Hopper-v4"
     """Hopper, HalfCheetah or Walker2d, -v4 or -v5; others need --dataset and --target-return"""
     dataset: str | None = None
@@ -73,6 +77,7 @@ class Args:
     sample: bool = False
     """bundled data and small backbones, and sizes for two CPU cores where none are given"""
 
+    # Model
     context_length: int = 20
     """K, the number of time steps that the model sees"""
     dropout: float = 0.2
@@ -81,6 +86,7 @@ class Args:
     """standard deviation of the initial action embedding, which is the action head too; by default
     nn.Linear's, as in the paper, with which the tanh of the actions starts saturated (try 0.02)"""
 
+    # Optimization
     batch_size: int = 64
     """windows per training step, of all processes together"""
     learning_rate: float = 1e-4
@@ -94,11 +100,13 @@ class Args:
     steps_per_epoch: int = 2500
     """training steps per epoch"""
 
+    # Evaluation
     num_eval_episodes: int = 100
     """episodes per evaluation"""
     target_return: float | None = None
     """return to ask for; by default Hopper 3600, HalfCheetah 6000, Walker2d 5000"""
 
+    # Run
     seed: int = 666
     """fixes initial weights, windows, dropout and evaluation episodes"""
     device: str = "auto"
@@ -179,6 +187,8 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
+        # The reference has 0.1 here whatever --dropout is; without dropout there is none.
+        # [decision_transformer/models/decision_transformer.py#L44]
         self.attention_dropout = min(0.1, config.dropout)
         self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
@@ -186,7 +196,7 @@ class Attention(nn.Module):
 
     def heads(self, x):
         """Queries, keys and values of all heads, each [batch, heads, tokens, width / heads]."""
-        query, key, value = self.c_attn(x).chunk(3, dim=-1)
+        query, key, value = self.c_attn(x).chunk(3, dim=-1)  # one product for all three
         query = query.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
         key = key.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
         value = value.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
@@ -201,6 +211,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two linear layers, token by token; the inner one is usually four times as wide."""
+
     def __init__(self, config):
         super().__init__()
         self.c_fc = Conv1D(config.n_embd, config.n_inner)
@@ -284,7 +296,7 @@ class DecisionTransformer(nn.Module):
         The K steps may be padded on the right and need no mask: attention is causal, so nothing
         looks at the padding. The released code pads on the left and masks. [experiment.py#L223]
         """
-        x = self.embed(returns_to_go, states, actions, timesteps)
+        x = self.embed(returns_to_go, states, actions, timesteps)  # [batch, 3K, width]
         for block in self.transformer.h:
             x = block(x)
         x = self.transformer.ln_f(x)
@@ -335,6 +347,7 @@ def load_backbone(args):
         source = HUB_IDS.get(args.backbone, args.backbone)
 
     config, weights = read_pretrained(source)
+    # Everything about the architecture comes from the checkpoint, but for the dropout.
     layer_norm = "rmsnorm" if config.model_type == "imagegpt" else "layernorm"
     if args.backbone == "igpt-as-gpt2":
         # The released code puts ImageGPT's weights into GPT-2's blocks, whose LayerNorm subtracts
@@ -368,7 +381,8 @@ def random_backbone(args):
 def read_pretrained(source):
     """Configuration and weights of a GPT-2 or ImageGPT in a folder, in the hub's cache, on the hub.
 
-    Word and position embeddings are left out.
+    Word and position embeddings are left out. transformers only reads the file: the model that is
+    trained is the one above, which the tests hold against transformers' own.
     """
     # The import takes seconds, and the request to convert .bin files would go to the hub.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
@@ -502,6 +516,7 @@ def read_d4rl(path):
     for name in ("terminals", "timeouts"):
         if columns[name].ndim != 1 or columns[name].dtype.kind not in "biuf":
             stop(f"The {name} of {path} are not one yes or no a step.")
+    # An episode ends where the policy failed (terminal), or where its time was up (timeout).
     ends = np.flatnonzero(columns["terminals"].astype(bool) | columns["timeouts"].astype(bool)) + 1
     episodes = []
     for start, end in zip([0, *ends[:-1]], ends):
@@ -635,7 +650,7 @@ class OfflineData:
         """
         index = starts[:, None] + torch.arange(context_length, device=starts.device)  # [batch, K]
         valid = index < self.episode_ends[starts][:, None]
-        index = torch.where(valid, index, 0)
+        index = torch.where(valid, index, 0)  # any transition will do, it is multiplied by 0
         return Windows(
             returns_to_go=self.returns_to_go[index] * valid[..., None],
             states=self.states[index] * valid[..., None],
@@ -648,7 +663,7 @@ class OfflineData:
 # ==================================================================================================
 # Evaluation
 # ==================================================================================================
-# The paper used -v3, which gymnasium no longer has; -v4 is the same but for bug fixes.
+# The paper used -v3, which gymnasium no longer has; -v4 is its successor. [experiment.py#L99]
 warnings.filterwarnings("ignore", message=".*is out of date.*")
 
 
@@ -691,6 +706,7 @@ def evaluate(model, env, state_mean, state_std, args):
     state_dim = env.single_observation_space.shape[0]
     act_dim = env.single_action_space.shape[0]
 
+    # What the model has seen and done, filled in step by step.
     returns_to_go = torch.zeros(num_episodes, horizon + 1, 1, device=device)
     states = torch.zeros(num_episodes, horizon, state_dim, device=device)
     actions = torch.zeros(num_episodes, horizon, act_dim, device=device)  # a_t is 0 until predicted
@@ -706,7 +722,7 @@ def evaluate(model, env, state_mean, state_std, args):
     for t in tqdm(range(horizon), desc="evaluation", unit="step", leave=False):
         observations = torch.as_tensor(observations, dtype=torch.float32, device=device)
         states[:, t] = (observations - state_mean) / state_std
-        rows = torch.as_tensor(np.flatnonzero(running), device=device)
+        rows = torch.as_tensor(np.flatnonzero(running), device=device)  # episodes still to play
         context = slice(max(0, t - args.context_length + 1), t + 1)
         with autocast(args, device):
             predicted = model(
@@ -742,11 +758,21 @@ def normalized_score(env_id, episode_return):
     return 100 * (episode_return - task.random_return) / (task.expert_return - task.random_return)
 
 
-def bootstrap_interval(episode_returns, rng):
-    """95 % confidence interval of the mean return over the episodes of one evaluation."""
-    resampled = rng.choice(episode_returns, size=(10_000, len(episode_returns)))
+def summarize_episodes(returns, lengths, args, rng):
+    """What is recorded of an evaluation: mean return with its 95 % interval, length and score.
+
+    The interval is a bootstrap over the episodes of this evaluation; the next epoch's mean may lie
+    far outside of it.
+    """
+    resampled = rng.choice(returns, size=(10_000, len(returns)))
     low, high = np.percentile(resampled.mean(axis=1), [2.5, 97.5])
-    return low.item(), high.item()
+    return {
+        "return_mean": returns.mean().item(),
+        "return_low": low.item(),
+        "return_high": high.item(),
+        "length_mean": lengths.mean().item(),
+        "normalized_score": normalized_score(args.env, returns.mean().item()),
+    }
 
 
 # ==================================================================================================
@@ -807,6 +833,7 @@ def make_model(args, backbone, state_dim, act_dim, max_timestep):
     model = DecisionTransformer(
         backbone.blocks, backbone.final_norm, state_dim, act_dim, max_timestep
     )
+    # What the checkpoint has, it overwrites: nothing if random, one block if one is replaced.
     weights = model.transformer.state_dict()
     weights.update(backbone.weights)
     model.transformer.load_state_dict(weights)
@@ -823,6 +850,7 @@ def train(args, folder, backbone, device):
 
     Leaves checkpoints, TensorBoard events and summary.json in `folder`, and returns the Run.
     """
+    # A run that is finished is not trained again.
     check_folder(folder, args)
     if (folder / "summary.json").exists():
         run = read_run(folder)
@@ -830,6 +858,7 @@ def train(args, folder, backbone, device):
             print(f"{folder} is finished; a higher --num-epochs would go on with it.")
             return run
 
+    # Environment, data, model, optimizer.
     env = make_env(args, args.num_eval_episodes)
     data = OfflineData(load_episodes(args, env), device)
     longest_episode = int(data.timesteps.max()) + 1
@@ -852,6 +881,7 @@ def train(args, folder, backbone, device):
     )  # [experiment.py#L400]
     max_grad_norm = args.max_grad_norm or math.inf  # 0 switches clipping off
 
+    # Go on where the run stopped.
     step = 0
     records = []
     history = []
@@ -864,6 +894,7 @@ def train(args, folder, backbone, device):
         records = checkpoint["records"]
         history = checkpoint["history"]
 
+    # Compile it for a GPU, and train it by several processes, without touching its parameters.
     trained_model = model
     if args.compile:
         trained_model = torch.compile(trained_model, mode="reduce-overhead")  # CUDA graphs
@@ -879,8 +910,7 @@ def train(args, folder, backbone, device):
         if records:
             print(f"{folder} goes on after epoch {len(records) - 1}.")
         writer = SummaryWriter(folder, purge_step=step + 1, flush_secs=10)
-        rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
-        writer.add_text("hyperparameters", "\n".join(["|argument|value|", "|-|-|", *rows]))
+        writer.add_text("hyperparameters", hyperparameter_table(args))
 
     for epoch in range(len(records), args.num_epochs + 1):  # epoch 0 is the model before training
         epoch_started = time.perf_counter()
@@ -890,8 +920,8 @@ def train(args, folder, backbone, device):
         rng = np.random.default_rng([args.seed, epoch, RANK])
         torch.manual_seed(int(rng.integers(2**60)))  # for dropout
         # A start drawn from all transitions: the longer the episode, the likelier.
-        shape = (num_steps, args.batch_size // WORLD_SIZE)
-        epoch_starts = torch.as_tensor(rng.integers(len(data.states), size=shape), device=device)
+        size = (num_steps, args.batch_size // WORLD_SIZE)
+        epoch_starts = torch.as_tensor(rng.integers(len(data.states), size=size), device=device)
         metrics = torch.zeros(num_steps, len(METRICS), device=device)
         log_interval = max(1, args.steps_per_epoch // 25)
         num_logged = 0
@@ -933,29 +963,24 @@ def train(args, folder, backbone, device):
             continue  # the first process evaluates and writes
 
         returns, lengths = evaluate(model, env, data.state_mean, data.state_std, args)
-        mean_return = returns.mean().item()
-        return_low, return_high = bootstrap_interval(returns, rng)
         record = {
             "epoch": epoch,
             "step": step,
             # Means over the epoch, nan before training. The paper's "action error" is the loss of
             # an epoch's last batch alone. [decision_transformer/training/seq_trainer.py#L88]
             **dict(zip(METRICS, metrics.mean(dim=0).tolist())),
-            "return_mean": mean_return,
-            "return_low": return_low,
-            "return_high": return_high,
-            "length_mean": lengths.mean().item(),
-            "normalized_score": normalized_score(args.env, mean_return),
+            **summarize_episodes(returns, lengths, args, rng),
             "seconds": time.perf_counter() - epoch_started,
         }
         records.append(record)
         for name in ("return_mean", "length_mean", "normalized_score"):
             writer.add_scalar(f"eval/{name}", record[name], step)
         tqdm.write(
-            f"epoch {epoch}: return {mean_return:.1f}, "
-            f"95 % interval {return_low:.1f} to {return_high:.1f}"
+            f"epoch {epoch}: return {record['return_mean']:.1f}, "
+            f"95 % interval {record['return_low']:.1f} to {record['return_high']:.1f}"
         )
 
+        # Save what can be looked at later, and what is needed to go on.
         checkpoint = {
             "args": asdict(args),
             "epoch": epoch,
@@ -967,7 +992,8 @@ def train(args, folder, backbone, device):
         }
         if epoch in args.save_epochs or epoch == args.num_epochs:
             save_checkpoint(folder / f"epoch_{epoch}.pt", checkpoint)
-        if epoch > 0 and mean_return >= max(r["return_mean"] for r in records[1:]):
+        # The best of 40 noisy evaluations flatters, but it is what the paper reports.
+        if epoch > 0 and record["return_mean"] >= max(r["return_mean"] for r in records[1:]):
             save_checkpoint(folder / "best.pt", checkpoint)
         save_json(
             folder / "summary.json",
@@ -1443,6 +1469,12 @@ def print_table(rows, formats):
     widths = [max(len(cell) for cell in column) for column in zip(*table)]
     for cells in table:
         print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths)))
+
+
+def hyperparameter_table(args):
+    """The arguments as a table in markdown, for TensorBoard."""
+    rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
+    return "\n".join(["|argument|value|", "|-|-|", *rows])
 
 
 # HalfCheetah's model file sets off a deprecation warning for every copy; all else should be seen.

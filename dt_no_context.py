@@ -14,6 +14,8 @@ Reinforcement Learning", NeurIPS 2022, https://arxiv.org/abs/2211.09817 (section
 
 A comment like [experiment.py#L321] points to a line of the paper's released code, under
 https://github.com/t46/pre-training-different-modality-offline-rl/blob/200abbe/can-wikipedia-help-offline-rl
+
+SPDX-License-Identifier: MIT
 """
 
 import itertools
@@ -55,6 +57,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 # ==================================================================================================
 @dataclass
 class Args:
+    # What this script looks at
     replace_blocks: tuple[int | Literal["all"], ...] = ()
     """blocks of --backbone to put into a random model, one run each, beside both models alone"""
     runs: tuple[str, ...] = ()
@@ -64,6 +67,7 @@ class Args:
     attention_windows: int = 100
     """windows of 20 steps on which attention is measured; 0 leaves it out"""
 
+    # Starting point and data
     backbone: str = "gpt2"
     """gpt2, igpt, igpt-as-gpt2 (the paper's way of loading ImageGPT), random (the paper's control:
     one head, ReLU), random-gpt2 (GPT-2's architecture), markov (bundled), or a hub id or folder"""
@@ -74,6 +78,7 @@ class Args:
     sample: bool = False
     """bundled data and small backbones, and sizes for two CPU cores where none are given"""
 
+    # Model
     context_length: int = 1
     """K, the number of time steps that the model sees"""
     dropout: float = 0.2
@@ -82,6 +87,7 @@ class Args:
     """standard deviation of the initial action embedding, which is the action head too; by default
     nn.Linear's, as in the paper, with which the tanh of the actions starts saturated (try 0.02)"""
 
+    # Optimization
     batch_size: int = 64
     """windows per training step, of all processes together"""
     learning_rate: float = 1e-4
@@ -97,11 +103,13 @@ class Args:
     steps_per_epoch: int = 2500
     """training steps per epoch"""
 
+    # Evaluation
     num_eval_episodes: int = 100
     """episodes per evaluation"""
     target_return: float | None = None
     """return to ask for; by default Hopper 3600, HalfCheetah 6000, Walker2d 5000"""
 
+    # Run
     seed: int = 666
     """fixes initial weights, windows, dropout and evaluation episodes"""
     device: str = "auto"
@@ -181,6 +189,8 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
+        # The reference has 0.1 here whatever --dropout is; without dropout there is none.
+        # [decision_transformer/models/decision_transformer.py#L44]
         self.attention_dropout = min(0.1, config.dropout)
         self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
@@ -188,7 +198,7 @@ class Attention(nn.Module):
 
     def heads(self, x):
         """Queries, keys and values of all heads, each [batch, heads, tokens, width / heads]."""
-        query, key, value = self.c_attn(x).chunk(3, dim=-1)
+        query, key, value = self.c_attn(x).chunk(3, dim=-1)  # one product for all three
         query = query.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
         key = key.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
         value = value.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
@@ -203,6 +213,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two linear layers, token by token; the inner one is usually four times as wide."""
+
     def __init__(self, config):
         super().__init__()
         self.c_fc = Conv1D(config.n_embd, config.n_inner)
@@ -286,7 +298,7 @@ class DecisionTransformer(nn.Module):
         The K steps may be padded on the right and need no mask: attention is causal, so nothing
         looks at the padding. The released code pads on the left and masks. [experiment.py#L223]
         """
-        x = self.embed(returns_to_go, states, actions, timesteps)
+        x = self.embed(returns_to_go, states, actions, timesteps)  # [batch, 3K, width]
         for block in self.transformer.h:
             x = block(x)
         x = self.transformer.ln_f(x)
@@ -337,6 +349,7 @@ def load_backbone(args):
         source = HUB_IDS.get(args.backbone, args.backbone)
 
     config, weights = read_pretrained(source)
+    # Everything about the architecture comes from the checkpoint, but for the dropout.
     layer_norm = "rmsnorm" if config.model_type == "imagegpt" else "layernorm"
     if args.backbone == "igpt-as-gpt2":
         # The released code puts ImageGPT's weights into GPT-2's blocks, whose LayerNorm subtracts
@@ -370,7 +383,8 @@ def random_backbone(args):
 def read_pretrained(source):
     """Configuration and weights of a GPT-2 or ImageGPT in a folder, in the hub's cache, on the hub.
 
-    Word and position embeddings are left out.
+    Word and position embeddings are left out. transformers only reads the file: the model that is
+    trained is the one above, which the tests hold against transformers' own.
     """
     # The import takes seconds, and the request to convert .bin files would go to the hub.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
@@ -504,6 +518,7 @@ def read_d4rl(path):
     for name in ("terminals", "timeouts"):
         if columns[name].ndim != 1 or columns[name].dtype.kind not in "biuf":
             stop(f"The {name} of {path} are not one yes or no a step.")
+    # An episode ends where the policy failed (terminal), or where its time was up (timeout).
     ends = np.flatnonzero(columns["terminals"].astype(bool) | columns["timeouts"].astype(bool)) + 1
     episodes = []
     for start, end in zip([0, *ends[:-1]], ends):
@@ -637,7 +652,7 @@ class OfflineData:
         """
         index = starts[:, None] + torch.arange(context_length, device=starts.device)  # [batch, K]
         valid = index < self.episode_ends[starts][:, None]
-        index = torch.where(valid, index, 0)
+        index = torch.where(valid, index, 0)  # any transition will do, it is multiplied by 0
         return Windows(
             returns_to_go=self.returns_to_go[index] * valid[..., None],
             states=self.states[index] * valid[..., None],
@@ -650,7 +665,7 @@ class OfflineData:
 # ==================================================================================================
 # Evaluation
 # ==================================================================================================
-# The paper used -v3, which gymnasium no longer has; -v4 is the same but for bug fixes.
+# The paper used -v3, which gymnasium no longer has; -v4 is its successor. [experiment.py#L99]
 warnings.filterwarnings("ignore", message=".*is out of date.*")
 
 
@@ -693,6 +708,7 @@ def evaluate(model, env, state_mean, state_std, args):
     state_dim = env.single_observation_space.shape[0]
     act_dim = env.single_action_space.shape[0]
 
+    # What the model has seen and done, filled in step by step.
     returns_to_go = torch.zeros(num_episodes, horizon + 1, 1, device=device)
     states = torch.zeros(num_episodes, horizon, state_dim, device=device)
     actions = torch.zeros(num_episodes, horizon, act_dim, device=device)  # a_t is 0 until predicted
@@ -708,7 +724,7 @@ def evaluate(model, env, state_mean, state_std, args):
     for t in tqdm(range(horizon), desc="evaluation", unit="step", leave=False):
         observations = torch.as_tensor(observations, dtype=torch.float32, device=device)
         states[:, t] = (observations - state_mean) / state_std
-        rows = torch.as_tensor(np.flatnonzero(running), device=device)
+        rows = torch.as_tensor(np.flatnonzero(running), device=device)  # episodes still to play
         context = slice(max(0, t - args.context_length + 1), t + 1)
         with autocast(args, device):
             predicted = model(
@@ -744,11 +760,21 @@ def normalized_score(env_id, episode_return):
     return 100 * (episode_return - task.random_return) / (task.expert_return - task.random_return)
 
 
-def bootstrap_interval(episode_returns, rng):
-    """95 % confidence interval of the mean return over the episodes of one evaluation."""
-    resampled = rng.choice(episode_returns, size=(10_000, len(episode_returns)))
+def summarize_episodes(returns, lengths, args, rng):
+    """What is recorded of an evaluation: mean return with its 95 % interval, length and score.
+
+    The interval is a bootstrap over the episodes of this evaluation; the next epoch's mean may lie
+    far outside of it.
+    """
+    resampled = rng.choice(returns, size=(10_000, len(returns)))
     low, high = np.percentile(resampled.mean(axis=1), [2.5, 97.5])
-    return low.item(), high.item()
+    return {
+        "return_mean": returns.mean().item(),
+        "return_low": low.item(),
+        "return_high": high.item(),
+        "length_mean": lengths.mean().item(),
+        "normalized_score": normalized_score(args.env, returns.mean().item()),
+    }
 
 
 # ==================================================================================================
@@ -809,6 +835,7 @@ def make_model(args, backbone, state_dim, act_dim, max_timestep):
     model = DecisionTransformer(
         backbone.blocks, backbone.final_norm, state_dim, act_dim, max_timestep
     )
+    # What the checkpoint has, it overwrites: nothing if random, one block if one is replaced.
     weights = model.transformer.state_dict()
     weights.update(backbone.weights)
     model.transformer.load_state_dict(weights)
@@ -825,6 +852,7 @@ def train(args, folder, backbone, device):
 
     Leaves checkpoints, TensorBoard events and summary.json in `folder`, and returns the Run.
     """
+    # A run that is finished is not trained again.
     check_folder(folder, args)
     if (folder / "summary.json").exists():
         run = read_run(folder)
@@ -832,6 +860,7 @@ def train(args, folder, backbone, device):
             print(f"{folder} is finished; a higher --num-epochs would go on with it.")
             return run
 
+    # Environment, data, model, optimizer.
     env = make_env(args, args.num_eval_episodes)
     data = OfflineData(load_episodes(args, env), device)
     longest_episode = int(data.timesteps.max()) + 1
@@ -854,6 +883,7 @@ def train(args, folder, backbone, device):
     )  # [experiment.py#L400]
     max_grad_norm = args.max_grad_norm or math.inf  # 0 switches clipping off
 
+    # Go on where the run stopped.
     step = 0
     records = []
     history = []
@@ -866,6 +896,7 @@ def train(args, folder, backbone, device):
         records = checkpoint["records"]
         history = checkpoint["history"]
 
+    # Compile it for a GPU, and train it by several processes, without touching its parameters.
     trained_model = model
     if args.compile:
         trained_model = torch.compile(trained_model, mode="reduce-overhead")  # CUDA graphs
@@ -881,8 +912,7 @@ def train(args, folder, backbone, device):
         if records:
             print(f"{folder} goes on after epoch {len(records) - 1}.")
         writer = SummaryWriter(folder, purge_step=step + 1, flush_secs=10)
-        rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
-        writer.add_text("hyperparameters", "\n".join(["|argument|value|", "|-|-|", *rows]))
+        writer.add_text("hyperparameters", hyperparameter_table(args))
 
     for epoch in range(len(records), args.num_epochs + 1):  # epoch 0 is the model before training
         epoch_started = time.perf_counter()
@@ -892,8 +922,8 @@ def train(args, folder, backbone, device):
         rng = np.random.default_rng([args.seed, epoch, RANK])
         torch.manual_seed(int(rng.integers(2**60)))  # for dropout
         # A start drawn from all transitions: the longer the episode, the likelier.
-        shape = (num_steps, args.batch_size // WORLD_SIZE)
-        epoch_starts = torch.as_tensor(rng.integers(len(data.states), size=shape), device=device)
+        size = (num_steps, args.batch_size // WORLD_SIZE)
+        epoch_starts = torch.as_tensor(rng.integers(len(data.states), size=size), device=device)
         metrics = torch.zeros(num_steps, len(METRICS), device=device)
         log_interval = max(1, args.steps_per_epoch // 25)
         num_logged = 0
@@ -935,29 +965,24 @@ def train(args, folder, backbone, device):
             continue  # the first process evaluates and writes
 
         returns, lengths = evaluate(model, env, data.state_mean, data.state_std, args)
-        mean_return = returns.mean().item()
-        return_low, return_high = bootstrap_interval(returns, rng)
         record = {
             "epoch": epoch,
             "step": step,
             # Means over the epoch, nan before training. The paper's "action error" is the loss of
             # an epoch's last batch alone. [decision_transformer/training/seq_trainer.py#L88]
             **dict(zip(METRICS, metrics.mean(dim=0).tolist())),
-            "return_mean": mean_return,
-            "return_low": return_low,
-            "return_high": return_high,
-            "length_mean": lengths.mean().item(),
-            "normalized_score": normalized_score(args.env, mean_return),
+            **summarize_episodes(returns, lengths, args, rng),
             "seconds": time.perf_counter() - epoch_started,
         }
         records.append(record)
         for name in ("return_mean", "length_mean", "normalized_score"):
             writer.add_scalar(f"eval/{name}", record[name], step)
         tqdm.write(
-            f"epoch {epoch}: return {mean_return:.1f}, "
-            f"95 % interval {return_low:.1f} to {return_high:.1f}"
+            f"epoch {epoch}: return {record['return_mean']:.1f}, "
+            f"95 % interval {record['return_low']:.1f} to {record['return_high']:.1f}"
         )
 
+        # Save what can be looked at later, and what is needed to go on.
         checkpoint = {
             "args": asdict(args),
             "epoch": epoch,
@@ -969,7 +994,8 @@ def train(args, folder, backbone, device):
         }
         if epoch in args.save_epochs or epoch == args.num_epochs:
             save_checkpoint(folder / f"epoch_{epoch}.pt", checkpoint)
-        if epoch > 0 and mean_return >= max(r["return_mean"] for r in records[1:]):
+        # The best of 40 noisy evaluations flatters, but it is what the paper reports.
+        if epoch > 0 and record["return_mean"] >= max(r["return_mean"] for r in records[1:]):
             save_checkpoint(folder / "best.pt", checkpoint)
         save_json(
             folder / "summary.json",
@@ -1034,7 +1060,8 @@ def train_with_replaced_blocks(args, folder, device):
     ]
     for block in replaced:
         run_folder = folder / f"block_{block}"
-        mixed_args = replace(args, replace_blocks=(block,), save_epochs=args.attention_epochs)
+        kept_epochs = args.attention_epochs if args.attention_windows > 0 else ()
+        mixed_args = replace(args, replace_blocks=(block,), save_epochs=kept_epochs)
         mixed = mixed_backbone(args, pretrained, block)
         runs.append(train(mixed_args, run_folder, mixed, device))
         # No figure needs these: 1.4 GB a block at GPT-2's size.
@@ -1143,7 +1170,10 @@ def run_label(run):
     replaced = run.args.get("replace_blocks")
     if replaced:
         return f"block {replaced[0]}"
-    return Path(run.args["backbone"]).name
+    name = Path(run.args["backbone"]).name
+    if run.args["head_std"] is not None:
+        name += f", head {run.args['head_std']:g}"
+    return name
 
 
 def legend_label(run):
@@ -1154,7 +1184,7 @@ def run_color(run, num_runs):
     replaced = run.args.get("replace_blocks")
     if replaced:  # the deeper the block, the lighter
         return colormaps["viridis"](replaced[0] / num_runs)
-    return COLORS.get(run_label(run), OTHER_COLOR)
+    return COLORS.get(Path(run.args["backbone"]).name, OTHER_COLOR)
 
 
 def moving_average(values):
@@ -1166,7 +1196,10 @@ def moving_average(values):
 
 
 def plot_learning_curves(runs, smooth):
-    """Return, loss and saturation per epoch; K = 1 is solid, a longer context dashed (Fig. 8)."""
+    """Return, loss and saturation per epoch; K = 1 is solid, a longer context dashed (Fig. 8).
+
+    Crosses are runs with another --head-std than the paper's.
+    """
     subject = "learning curves, moving averages" if smooth else "learning curves"
     figure = new_figure(runs[0].args, subject, 13, 4.2)
     panels = {
@@ -1182,7 +1215,8 @@ def plot_learning_curves(runs, smooth):
             values = [record[name] for record in records]
             if smooth:
                 values = moving_average(values)
-            style = "-o" if run.args["context_length"] == 1 else "--o"
+            style = "-" if run.args["context_length"] == 1 else "--"
+            style += "o" if run.args["head_std"] is None else "x"
             color = run_color(run, len(runs))
             axes.plot(epochs, values, style, markersize=3, color=color, label=legend_label(run))
             if name == "return_mean" and not smooth:
@@ -1400,6 +1434,12 @@ def print_table(rows, formats):
     widths = [max(len(cell) for cell in column) for column in zip(*table)]
     for cells in table:
         print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths)))
+
+
+def hyperparameter_table(args):
+    """The arguments as a table in markdown, for TensorBoard."""
+    rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
+    return "\n".join(["|argument|value|", "|-|-|", *rows])
 
 
 # HalfCheetah's model file sets off a deprecation warning for every copy; all else should be seen.

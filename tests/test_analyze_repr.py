@@ -503,6 +503,32 @@ def test_bad_input_ends_with_one_sentence(arguments, said, run_script):
     assert_one_sentence(run_script(SCRIPT, *SIZE, *arguments), *said)
 
 
+def test_the_papers_settings_are_what_the_released_code_has(run_script, monkeypatch):
+    """100 windows, batches of 50, 1,000 passes: seen by the first pair that MINE is asked about."""
+    seen = []
+
+    class Passes:
+        def __init__(self, passes, **options):
+            if options.get("desc") == "MINE":
+                seen.append(passes)
+                raise KeyboardInterrupt
+            self.passes = passes
+
+        def __iter__(self):
+            return iter(self.passes)
+
+        def set_postfix(self, *arguments, **options):
+            pass
+
+        write = staticmethod(lambda *arguments, **options: None)
+
+    monkeypatch.setattr("tqdm.tqdm", Passes)
+    size = [*TINY, "--num-epochs", "1", "--backbones", "random", "--mine-paper-settings"]
+    with pytest.raises(KeyboardInterrupt):
+        run_script(SCRIPT, *size)
+    assert seen == [range(1000)]
+
+
 def test_a_backbone_named_twice_is_trained_once(run_script, tmp_path):
     size = [*SIZE, "--backbones", "random", "random", "--mine-windows", "0", "--run-name", "a"]
     result = run_script(SCRIPT, *size)

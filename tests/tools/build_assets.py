@@ -5,6 +5,11 @@
     python tests/tools/build_assets.py --what images    # apt-get install dataset-fashion-mnist
     python tests/tools/build_assets.py --what markov    # needs only requirements.txt
 
+Data of the size of D4RL's, for --dataset local/hopper/medium-v0 with MINARI_DATASETS_PATH=my-data
+(half a minute):
+
+    python tests/tools/build_assets.py --what data --min-steps 200000 --output my-data
+
 A Markov backbone of GPT-2 small's size, for --backbone my-markov (wants a GPU):
 
     python tests/tools/build_assets.py --what markov --n-layer 12 --n-head 12 --n-embd 768 --steps 80000 --output my-markov
@@ -58,7 +63,7 @@ class Args:
     temperature: float = 1.0
     """of its chain: the lower, the more there is to predict"""
     output: Path | None = None
-    """folder of a Markov backbone; if not given, the two bundled ones are made, at temperatures 1 and 0.026"""
+    """folder of other data or of another Markov backbone; by default the bundled ones are made"""
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -80,8 +85,8 @@ class Actor:
         return np.tanh(mean + np.exp(log_std) * noise.standard_normal(len(mean))).astype(np.float32)
 
 
-def build_data(env_name, first_seed, min_steps):
-    """Collect `min_steps` or a few more in {env_name}-v5 and store them as a Minari data set."""
+def build_data(env_name, first_seed, min_steps, root, namespace):
+    """Collect `min_steps` or a few more in {env_name}-v5 as a Minari data set under `root`."""
     import gymnasium as gym
     import minari
     from minari.data_collector import EpisodeBuffer
@@ -111,17 +116,22 @@ def build_data(env_name, first_seed, min_steps):
         progress.update(len(episode.rewards))
     progress.close()
 
-    folder = ASSETS / "minari" / "sample" / env_name.lower() / "medium-v0"
+    name = f"{namespace}/{env_name.lower()}/medium-v0"
+    folder = root / name
     shutil.rmtree(folder, ignore_errors=True)
-    with tempfile.TemporaryDirectory() as root:
-        os.environ["MINARI_DATASETS_PATH"] = root
+    with tempfile.TemporaryDirectory() as temporary:
+        os.environ["MINARI_DATASETS_PATH"] = temporary
         minari.create_dataset_from_buffers(
-            f"sample/{env_name.lower()}/medium-v0", buffer=episodes, env=env, data_format="hdf5",
+            name,
+            buffer=episodes,
+            env=env,
+            data_format="hdf5",
             algorithm_name="SAC, stopped at medium level, stochastic policy",
-            description=f"{env_name}-v5, actor policies/{env_name}-v5-medium.npz, environment seeds from {first_seed}",
+            description=f"{env_name}-v5, actor policies/{env_name}-v5-medium.npz, "
+            f"environment seeds from {first_seed}",
             requirements=[f"gymnasium=={gym.__version__}"],
-        )  # fmt: skip
-        shutil.copytree(Path(root) / "sample" / env_name.lower() / "medium-v0", folder)
+        )
+        shutil.copytree(Path(temporary) / name, folder)
     compress(folder / "data" / "main_data.hdf5")
     returns = [sum(episode.rewards) for episode in episodes]
     mean_and_deviation = f"{np.mean(returns):.0f} ± {np.std(returns):.0f}"
@@ -378,10 +388,14 @@ def save(model, folder):
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
+    if args.steps < 12:
+        raise SystemExit("--steps must be at least 12: a twelfth of them is warm-up.")
     if "data" in args.what:
-        build_data("Hopper", 400_000, args.min_steps)
-        build_data("HalfCheetah", 500_000, args.min_steps)
-        build_data("Walker2d", 600_000, args.min_steps)
+        root, namespace = args.output or ASSETS / "minari", "local" if args.output else "sample"
+        first_seed = 100_000 if args.output else 400_000  # no episode is in both
+        for i, env_name in enumerate(("Hopper", "HalfCheetah", "Walker2d")):
+            seed = first_seed + i * 100_000
+            build_data(env_name, seed, args.min_steps, root, namespace)
     if "text" in args.what:
         build_text(args.steps, args.seed)
     if "images" in args.what:

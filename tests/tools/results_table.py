@@ -120,9 +120,13 @@ def finished_runs(folders):
 
 
 def backbone_name(args):
-    """With the standard deviation of the head where that is not the default."""
+    """With what differs from the defaults."""
     name = Path(args["backbone"]).name
-    return name if args["head_std"] is None else f"{name}, head {args['head_std']:g}"
+    if args["head_std"] is not None:
+        name += f", head {args['head_std']:g}"
+    if args["max_grad_norm"] == 0:
+        name += ", not clipped"
+    return name
 
 
 def score_tables(folders):
@@ -266,13 +270,13 @@ def gradient_table(folders):
 def clipping_table(folders):
     """App. G.3: runs that differ by their clipping threshold."""
     finished = finished_runs(folders)
-    unclipped = {backbone_name(args) for args, _ in finished if args["max_grad_norm"] == 0}
+    unclipped = {args["backbone"] for args, _ in finished if args["max_grad_norm"] == 0}
     rows = []
     for args, records in finished:
-        if backbone_name(args) in unclipped and args["context_length"] == 20:
+        if args["backbone"] in unclipped and args["context_length"] == 20:
             rows.append(
                 {
-                    "starting point": backbone_name(args),
+                    "starting point": Path(args["backbone"]).name,
                     "clipped at": args["max_grad_norm"] or "-",
                     "environment": args["env"],
                     "seed": args["seed"],
