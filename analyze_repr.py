@@ -1290,7 +1290,7 @@ def estimate(x, t, args, device, **about):
         rows.append(
             {
                 **about,
-                "step": i,
+                "step_index": i,  # among the steps that were asked for
                 "control": False,
                 "held_out": held_out[i].item(),
                 "training": training[i].item(),
@@ -1347,13 +1347,13 @@ def information_with_context(model, windows, steps, args, device):
                 continue  # K = 1, where a_K is the only action
             at_last_state = t["state"][-1:].expand(count, -1, -1)
             last_action = x["action"][-1:].expand(count, -1, -1)
-            input = {"analysis": "context", "of": "I(X;T)", "block": block, "token": token}
-            label = {"analysis": "context", "of": "I(Y;T)", "block": block, "token": token}
-            rows += estimate(x[token][:count], at_last_state, args, device, **input)
-            rows += estimate(last_action, t[token][:count], args, device, **label)
+            about_input = {"analysis": "context", "of": "I(X;T)", "block": block, "token": token}
+            about_label = {"analysis": "context", "of": "I(Y;T)", "block": block, "token": token}
+            rows += estimate(x[token][:count], at_last_state, args, device, **about_input)
+            rows += estimate(last_action, t[token][:count], args, device, **about_label)
             if token == "state":
-                rows += estimate_control(x[token], at_last_state, args, device, **input)
-                rows += estimate_control(last_action, t[token], args, device, **label)
+                rows += estimate_control(x[token], at_last_state, args, device, **about_input)
+                rows += estimate_control(last_action, t[token], args, device, **about_label)
     return rows
 
 
@@ -1363,12 +1363,12 @@ def information_of_same_step(model, windows, steps, args, device):
     rows = []
     for block in range(len(model.transformer.h)):
         t = block_output(model, windows, block, steps)
-        input = {"analysis": "same step", "of": "I(X;T)", "block": block, "token": "state"}
-        label = {"analysis": "same step", "of": "I(Y;T)", "block": block, "token": "state"}
-        rows += estimate(x["state"], t["state"], args, device, **input)
-        rows += estimate(x["action"], t["state"], args, device, **label)
-        rows += estimate_control(x["state"], t["state"], args, device, **input)
-        rows += estimate_control(x["action"], t["state"], args, device, **label)
+        about_input = {"analysis": "same step", "of": "I(X;T)", "block": block, "token": "state"}
+        about_label = {"analysis": "same step", "of": "I(Y;T)", "block": block, "token": "state"}
+        rows += estimate(x["state"], t["state"], args, device, **about_input)
+        rows += estimate(x["action"], t["state"], args, device, **about_label)
+        rows += estimate_control(x["state"], t["state"], args, device, **about_input)
+        rows += estimate_control(x["action"], t["state"], args, device, **about_label)
     return rows
 
 

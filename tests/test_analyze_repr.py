@@ -482,7 +482,9 @@ def test_without_context(run_script, tmp_path):
     result = run_script(SCRIPT, *size, "--run-name", "a")
     assert result.status == 0, result.err
     results = json.loads((tmp_path / "runs" / "a" / "results.json").read_text())
-    assert {row["step"] for row in results["mutual_information"]} == {0} and not results["cka"]
+    assert {row["step_index"] for row in results["mutual_information"]} == {0} and not results[
+        "cka"
+    ]
     assert (tmp_path / "runs" / "a" / "information_with_context.png").exists()
 
 

@@ -66,33 +66,34 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def kill_and_resume(folder, moments, seed=0):
-    """SIGKILL COMMAND in `folder` at the moments ("save", n-th) or ("time", seconds), then finish it.
+def kill_and_go_on(folder, moments, script="dt_pretrained.py", command=COMMAND):
+    """SIGKILL a script in `folder` at the moments ("save", n-th) or ("time", seconds), then finish it.
 
-    Returns the number of kills.
+    Each time the same command goes on. Returns the number of kills.
     """
-    run, kills, arguments = folder / "runs" / "whole", 0, [*COMMAND, "--run-name", "whole"]
+    run, kills, arguments = folder / "runs" / "whole", 0, [*command, "--run-name", "whole"]
     for kind, moment in moments:
         if kind == "save":
-            process = start(folder, moment, dt.__file__, *arguments, program=("-c", KILL_IN_SAVE))
+            program = ("-c", KILL_IN_SAVE)
+            process = start(folder, moment, ROOT / script, *arguments, program=program)
         else:
-            process = start(folder, *arguments)
-            events = len(list(run.glob("events*")))
-            while len(list(run.glob("events*"))) == events and process.poll() is None:
+            process = start(folder, *arguments, program=(script,))
+            events = len(list(run.rglob("events*")))
+            while len(list(run.rglob("events*"))) == events and process.poll() is None:
                 time.sleep(0.005)
             time.sleep(moment)
             process.kill()
         kills += process.wait(timeout=200) == -signal.SIGKILL
         process.communicate()
-        if (run / "latest.pt").exists():
-            torch.load(run / "latest.pt", weights_only=True)  # whole, whenever it was
-    assert finish(start(folder, *arguments))[0] == 0
+        for latest in run.rglob("latest.pt"):
+            torch.load(latest, weights_only=True)  # whole, whenever it was
+    assert finish(start(folder, *arguments, program=(script,)))[0] == 0
     return kills
 
 
 def test_killed_again_and_again_even_while_saving(whole, tmp_path):
     moments = [("save", 3), ("time", 0.3)]
-    assert kill_and_resume(tmp_path, moments) >= 1
+    assert kill_and_go_on(tmp_path, moments) >= 1
     assert same(tmp_path / "runs" / "whole", whole)
 
 
@@ -228,20 +229,34 @@ def test_gradients_of_two_processes_are_averaged(tmp_path):
         torch.testing.assert_close(new - old, -(first + second) / 2, rtol=1e-3, atol=1e-5)
 
 
+STUDY = [*TINY, "--backbones", "random", "igpt", "--num-epochs", "3", "--steps-per-epoch", "40"]
+STUDY += ["--context-length", "5", "--norm-windows", "4", "--confusion-windows", "2"]
+
+
 if __name__ == "__main__":  # as often as you like: python tests/test_interruptions.py FOLDER KILLS
     from pathlib import Path
 
     folder, count = Path(sys.argv[1]).resolve(), int(sys.argv[2])
-    (folder / "left_alone").mkdir(parents=True)
-    assert finish(start(folder / "left_alone", *COMMAND, "--run-name", "whole"))[0] == 0
     rng = random.Random(0)
-    (folder / "killed").mkdir()
-    moments = [
-        ("save", rng.randint(1, 3)) if i % 3 == 0 else ("time", rng.uniform(0, 1))
-        for i in range(count)
-    ]
-    print(kill_and_resume(folder / "killed", moments), "kills")
-    print(
-        "same:",
-        same(folder / "killed" / "runs" / "whole", folder / "left_alone" / "runs" / "whole"),
-    )
+    moments = []
+    for i in range(count):
+        save = ("save", rng.randint(1, 7))
+        moments.append(save if i % 3 == 0 else ("time", rng.uniform(0, 1.5)))
+    cases = {
+        "dt_pretrained.py": (COMMAND, [""], moments[: count // 2]),
+        "analyze_grads.py": (STUDY, ["random_clip_0.25", "igpt_clip_0.25"], moments[count // 2 :]),
+    }
+    for script, (command, runs, when) in cases.items():
+        alone, killed = folder / script / "alone", folder / script / "killed"
+        alone.mkdir(parents=True)
+        killed.mkdir()
+        arguments = [*command, "--run-name", "whole"]
+        assert finish(start(alone, *arguments, program=(script,)))[0] == 0
+        kills = kill_and_go_on(killed, when, script, command)
+        for run in runs:
+            equal = same(killed / "runs" / "whole" / run, alone / "runs" / "whole" / run)
+            print(f"{script} {run}: {kills} kills, {'the same' if equal else 'DIFFERENT'}")
+        results = [part / "runs" / "whole" / "results.json" for part in (alone, killed)]
+        if results[0].exists():
+            rows = [json.loads(path.read_text()) for path in results]
+            print("results.json:", "the same" if str(rows[0]) == str(rows[1]) else "DIFFERENT")
