@@ -79,7 +79,7 @@ class Args:
     env: str = "Hopper-v4"
     """Hopper, HalfCheetah or Walker2d, -v4 or -v5; others need --dataset and --target-return"""
     dataset: str | None = None
-    """Minari id or D4RL .hdf5 file; by default mujoco/{hopper,halfcheetah,walker2d}/medium-v0"""
+    """Minari id or folder, or D4RL file; by default mujoco/{hopper,halfcheetah,...}/medium-v0"""
     sample: bool = False
     """bundled data and small backbones, and sizes for two CPU cores where none are given"""
 
@@ -711,7 +711,8 @@ def evaluate(model, env, state_mean, state_std, args):
 
     Returns the undiscounted returns and the lengths of the episodes, both [episodes]. The model is
     asked for `args.target_return`, which then falls by each reward, and sees the last K steps.
-    [decision_transformer/evaluation/evaluate_episodes.py#L112] plays one episode at a time.
+    The released code plays one episode at a time, and others in each evaluation.
+    [decision_transformer/evaluation/evaluate_episodes.py#L112]
     """
     model.eval()
     device = state_mean.device
@@ -1254,6 +1255,8 @@ def mine(x, t, args, device):
             loss.sum().backward()
             optimizer.step()
 
+    # The released code reads the estimate off the windows that the network was trained on, which
+    # tells how well it memorizes. [../mine-pytorch/mine/models/mine.py#L125]
     estimates = []
     for first in (num_windows, 0):  # held out, training
         windows = first + torch.arange(num_windows)
@@ -1578,6 +1581,8 @@ def complete_arguments(args):
     for name in ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm"):
         if not 0 <= getattr(args, name) < math.inf:
             stop(f"--{name.replace('_', '-')} must be 0 or more.")
+    if args.head_std is not None and not 0 < args.head_std < math.inf:
+        stop("--head-std must be above 0.")
     if not 0 <= args.dropout < 1:
         stop("--dropout must be at least 0, and below 1.")
     if not 0 <= args.seed < 2**63:

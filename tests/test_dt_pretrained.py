@@ -350,6 +350,7 @@ def test_another_environment(run_script, tmp_path, monkeypatch):
         (["--learning-rate", "-0.1"], ["--learning-rate"]),
         (["--learning-rate", "nan"], ["--learning-rate"]),
         (["--dropout", "1.5"], ["--dropout"]),
+        (["--head-std", "0"], ["--head-std"]),
         (["--seed", "-1"], ["--seed"]),
         (["--seed", str(2**64)], ["--seed"]),
         (["--sample", "--device", "cuda:99"], ["cuda:99", "cpu"]),

@@ -199,6 +199,24 @@ def test_module_names_are_the_checkpoints(kind):
     assert names <= {name for name, _ in decision_transformer(kind).transformer.named_modules()}
 
 
+def test_the_head_starts_as_nn_linear_or_as_asked_for():
+    """By default tanh sees a standard deviation of 9 for Hopper's three actions; nothing else changes."""
+    block = dt.BlockConfig(768, 1, 3072, "relu")
+    backbone = dt.Backbone([block], "layernorm", {}, False, "")
+    shape = (11, 3, 1000)
+    default = dt.make_model(sample_args(dt), backbone, *shape)
+    small = dt.make_model(sample_args(dt, head_std=0.02), backbone, *shape)
+    expected = 1 / 3**0.5 / 3**0.5  # uniform between plus and minus 1 / sqrt(3)
+    assert abs(default.embed_action.weight.std().item() / expected - 1) < 0.05
+    assert abs(small.embed_action.weight.std().item() / 0.02 - 1) < 0.05
+    ours, theirs = default.state_dict(), small.state_dict()
+    assert {name for name in ours if not torch.equal(ours[name], theirs[name])} == {
+        "embed_action.weight"
+    }
+    hidden = torch.nn.functional.layer_norm(torch.randn(1000, 768), (768,))
+    assert 8 < (hidden @ default.embed_action.weight).std() < 10
+
+
 def test_dropout_is_where_the_reference_has_it():
     """On the residual branches as asked for; on attention weights and on the backbone's input 0.1, or none."""
     for dropout, at_most in ((0.2, 0.1), (0.0, 0.0)):
