@@ -1288,7 +1288,9 @@ def plot_sets(results, columns, subject):
             offset = (i - (len(results) - 1) / 2) * width
             x = [positions[name] + offset for name in result["sets"]]
             values = [values[column] for values in result["sets"].values()]
-            axes.bar(x, values, width, color=result_color(result), label=result["run"])
+            hatch = "" if result["args"]["max_grad_norm"] > 0 else "///"  # without clipping
+            color = result_color(result)
+            axes.bar(x, values, width, color=color, hatch=hatch, label=result["run"])
         if column == "cosine":
             lowest = min(np.nanmin([v[column] for v in r["sets"].values()]) for r in results)
             axes.set_ylim(lowest - 0.1 * (1 - lowest), 1)

@@ -1454,7 +1454,8 @@ def select(rows, **properties):
 
 
 def mine_figure(run, args, subject, width, height):
-    settings = f"MINE, {args.mine_windows} windows, {args.mine_passes} passes, {read_off(args)}"
+    windows = read_off(args).replace("_", "-")
+    settings = f"MINE, {args.mine_windows} {windows} windows, {args.mine_passes} passes"
     K = run.args["context_length"]
     return new_figure(run.args, f"{subject}, K = {K}\n{settings}; dashed: shuffled", width, height)
 

@@ -1227,7 +1227,7 @@ def plot_learning_curves(runs, smooth):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(xlabel="epoch", ylabel=label)
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=4)
+    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=3)
     return figure
 
 
@@ -1240,7 +1240,7 @@ def plot_attention_gaps(runs, attentions):
     num_windows = len(attentions[0][min(attentions[0])]["distance"])
     num_panels = max(len(attention) for attention in attentions) - 1
     subject = f"change of the attention distance, {num_windows} windows of K = {ATTENTION_CONTEXT}"
-    figure = new_figure(runs[0].args, subject, max(8, 6 * num_panels), 4.4)
+    figure = new_figure(runs[0].args, subject, max(11, 6 * num_panels), 4.4)
     all_axes = figure.subplots(1, num_panels, squeeze=False)[0]
     width = 0.8 / len(runs)
     for i, (run, attention) in enumerate(zip(runs, attentions)):
@@ -1262,7 +1262,7 @@ def plot_attention_gaps(runs, attentions):
             axes.set_ylabel(f"|d(epoch {epoch}) - d(epoch {first})| in tokens")
             axes.set(xlabel="block", xticks=blocks)
     handles, labels = all_axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=4)
+    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=3)
     return figure
 
 
