@@ -132,8 +132,16 @@ SAMPLE = Args(
     num_eval_episodes=8,
 )
 # What may differ from before when a run is gone on with.
-MAY_DIFFER = {"num_epochs", "save_epochs", "backbones", "max_grad_norms", "runs", "epochs"}
-MAY_DIFFER |= {"norm_windows", "confusion_windows"}
+MAY_DIFFER = {
+    "num_epochs",
+    "save_epochs",
+    "backbones",
+    "max_grad_norms",
+    "runs",
+    "epochs",
+    "norm_windows",
+    "confusion_windows",
+}
 
 
 # ==================================================================================================
@@ -1055,13 +1063,13 @@ def gradient_statistics(model, windows, num_confusion):
 
     progress = tqdm([*blocks, others], desc="gradients", unit="block", leave=False)
     for parameters in progress:
-        gradients = []
+        size = sum(weight.numel() for weight in parameters)
+        gradients = torch.empty(num_windows, size, device=windows.states.device)
         for i in range(num_windows):
             window = Windows(*(column[i : i + 1] for column in windows))
             loss, _ = training_loss(model, window)
             gradient = torch.autograd.grad(loss, parameters)
-            gradients.append(torch.cat([g.flatten() for g in gradient]))
-        gradients = torch.stack(gradients)  # [windows, parameters]
+            gradients[i] = torch.cat([g.flatten() for g in gradient])
         squared_norms = gradients.square().sum(dim=1).cpu()
         if parameters is others:
             squared_norm_of_others += squared_norms
@@ -1237,7 +1245,7 @@ def plot_shares(results):
     subject = study_subject(results, "who owns the gradient")
     figure = new_figure(results[0]["args"], subject, 10, 0.5 * len(results) + 2)
     axes = figure.subplots()
-    parts = {
+    kinds = {
         "0.ln_1.weight": "#D55E00",
         "0.ln_1.bias": "#E69F00",
         "other LayerNorms": "#F0E442",
@@ -1245,21 +1253,21 @@ def plot_shares(results):
         "MLP": "#56B4E9",
     }
     for i, result in enumerate(results):
-        shares = dict.fromkeys(parts, 0.0)
+        shares = dict.fromkeys(kinds, 0.0)
         for name, values in result["sets"].items():
-            if name in parts:
-                part = name
+            if name in kinds:
+                kind = name
             elif ".ln_" in name:
-                part = "other LayerNorms"
+                kind = "other LayerNorms"
             elif ".attn." in name:
-                part = "attention"
+                kind = "attention"
             else:
-                part = "MLP"
-            shares[part] += values["share"]
+                kind = "MLP"
+            shares[kind] += values["share"]
         left = 0.0
-        for part, share in shares.items():
-            label = part if i == 0 else None
-            axes.barh(result["run"], share, left=left, color=parts[part], label=label)
+        for kind, share in shares.items():
+            label = kind if i == 0 else None
+            axes.barh(result["run"], share, left=left, color=kinds[kind], label=label)
             left += share
     axes.set(xlabel="norm of the set / sum of the norms of all sets", xlim=(0, 1))
     axes.invert_yaxis()

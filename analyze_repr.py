@@ -145,9 +145,20 @@ SAMPLE = Args(
     mine_steps=2,
 )
 # What may differ from before when a run is gone on with.
-MAY_DIFFER = {"num_epochs", "save_epochs", "backbones", "runs", "epochs"}
-MAY_DIFFER |= {"cka_windows", "cka_threshold", "mine_windows", "mine_batch_size", "mine_passes"}
-MAY_DIFFER |= {"mine_steps", "mine_paper_settings"}
+MAY_DIFFER = {
+    "num_epochs",
+    "save_epochs",
+    "backbones",
+    "runs",
+    "epochs",
+    "cka_windows",
+    "cka_threshold",
+    "mine_windows",
+    "mine_batch_size",
+    "mine_passes",
+    "mine_steps",
+    "mine_paper_settings",
+}
 
 
 # ==================================================================================================
