@@ -1164,6 +1164,29 @@ def distance_gap(attention, epoch):
     return np.abs(after - before)
 
 
+ATTENTION_FORMATS = {
+    "label": "",
+    "seed": "d",
+    "epoch": "d",
+    "block": "d",
+    "median_gap": ".2f",
+    "distance": ".2f",
+    "own_token": ".2f",
+    "on_returns": ".2f",
+    "on_states": ".2f",
+    "on_actions": ".2f",
+    "entropy": ".2f",
+}
+
+
+def block_means(row):
+    """A row of results.json with means over heads in place of the heads."""
+    means = {}
+    for name, value in row.items():
+        means[name] = np.nanmean(value).item() if isinstance(value, list) else value
+    return means
+
+
 # ==================================================================================================
 # Figures
 # ==================================================================================================
@@ -1242,6 +1265,7 @@ def plot_attention_gaps(runs, attentions):
     subject = f"change of the attention distance, {num_windows} windows of K = {ATTENTION_CONTEXT}"
     figure = new_figure(runs[0].args, subject, max(11, 6 * num_panels), 4.4)
     all_axes = figure.subplots(1, num_panels, squeeze=False)[0]
+    all_axes[0].set_ylabel("|d(epoch) - d(first epoch)| in tokens")
     width = 0.8 / len(runs)
     for i, (run, attention) in enumerate(zip(runs, attentions)):
         first, *later = sorted(attention)
@@ -1258,11 +1282,10 @@ def plot_attention_gaps(runs, attentions):
                 medianprops={"color": "black"},
                 flierprops={"markersize": 2},
             )
-            boxes["boxes"][0].set_label(legend_label(run))
-            axes.set_ylabel(f"|d(epoch {epoch}) - d(epoch {first})| in tokens")
+            boxes["boxes"][0].set_label(f"{legend_label(run)}, epoch {first} to {epoch}")
             axes.set(xlabel="block", xticks=blocks)
-    handles, labels = all_axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=3)
+    for axes in all_axes:
+        axes.legend(frameon=False, fontsize="small")
     return figure
 
 
@@ -1276,14 +1299,15 @@ def plot_attention_heads(runs, attentions):
         before = attention[first]["distance"].mean(axis=0)  # [blocks, heads]
         after = attention[last]["distance"].mean(axis=0)
         own_token = attention[last]["own_token"].mean(axis=0)
+        shortest = min(np.nanmin(before), np.nanmin(after))
         longest = max(np.nanmax(before), np.nanmax(after))
         panels = [
-            (f"distance in tokens, epoch {first}", before, longest),
-            (f"distance in tokens, epoch {last}", after, longest),
-            (f"weight on the own token, epoch {last}", own_token, 1),
+            (f"distance in tokens, epoch {first}", before, shortest, longest),
+            (f"distance in tokens, epoch {last}", after, shortest, longest),
+            (f"weight on the own token, epoch {last}", own_token, 0, 1),
         ]
-        for axes, (title, values, highest) in zip(row, panels):
-            image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0, vmax=highest)
+        for axes, (title, values, low, high) in zip(row, panels):
+            image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=low, vmax=high)
             axes.set(title=title, xlabel="head")
             axes.set(xticks=range(values.shape[1]), yticks=range(len(values)))
             figure.colorbar(image, ax=axes)
@@ -1503,6 +1527,9 @@ if __name__ == "__main__":
                     for name, values in statistics.items():
                         row[name] = values[:, block].mean(axis=0).tolist()  # [heads]
                     head_rows.append(row)
+        print("\nattention: median gap of the block, and means over its heads")
+        print_table([block_means(row) for row in head_rows], ATTENTION_FORMATS)
+        print()
     for name, figure in figures.items():
         save_figure(figure, folder / f"{name}.png", step=args.num_epochs)
 
