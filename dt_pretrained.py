@@ -999,6 +999,8 @@ def train(args, folder, backbone, device):
         checkpoint["records"] = records
         checkpoint["history"] = history
         save_checkpoint(folder / "latest.pt", checkpoint)
+    if RANK == 0:
+        writer.close()
     return Run(folder, asdict(args), records, history)
 
 
