@@ -935,6 +935,7 @@ def train(args, folder, backbone, device):
         print(f"\n{folder}: weights from {backbone.source}, {len(data.states):,} steps of data")
         if records:
             print(f"{folder} goes on after epoch {len(records) - 1}.")
+            save_summary(folder, args, backbone, records, history)
         writer = SummaryWriter(folder, purge_step=step + 1, flush_secs=10)
         writer.add_text("hyperparameters", hyperparameter_table(args))
 
@@ -1021,21 +1022,12 @@ def train(args, folder, backbone, device):
         # The best of 40 noisy evaluations flatters, but it is what the paper reports.
         if epoch > 0 and record["return_mean"] >= max(r["return_mean"] for r in records[1:]):
             save_checkpoint(folder / "best.pt", checkpoint)
-        save_json(
-            folder / "summary.json",
-            {
-                "args": asdict(args),
-                "source": backbone.source,
-                "epochs": records,
-                "history": history,
-            },
-        )
-        # Last, and with all that it takes to go on: where this file is whole, so are the others.
         checkpoint["optimizer"] = optimizer.state_dict()
         checkpoint["scheduler"] = scheduler.state_dict()
         checkpoint["records"] = records
         checkpoint["history"] = history
         save_checkpoint(folder / "latest.pt", checkpoint)
+        save_summary(folder, args, backbone, records, history)  # last: it says what is finished
     if RANK == 0:
         writer.close()
     return Run(folder, asdict(args), records, history)
@@ -1661,6 +1653,17 @@ def replacing(path):
 def save_json(path, content):
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1))
+
+
+def save_summary(folder, args, backbone, records, history):
+    """Everything about a run in numbers, which read_run reads again."""
+    summary = {
+        "args": asdict(args),
+        "source": backbone.source,
+        "epochs": records,
+        "history": history,
+    }
+    save_json(folder / "summary.json", summary)
 
 
 def save_checkpoint(path, checkpoint):
