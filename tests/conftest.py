@@ -49,6 +49,11 @@ def make_model(module, backbone, seed=0, **changes):
     return module.make_model(args, backbone, **{**SHAPE, **changes}).eval()
 
 
+def pytest_configure(config):
+    # The paper's -v4; the scripts ignore this warning, too.
+    config.addinivalue_line("filterwarnings", "ignore:.*is out of date.*")
+
+
 @pytest.fixture
 def run_script(tmp_path, monkeypatch, capfd):
     """Run `python script.py arguments` in an empty folder; returns its exit status and output."""

@@ -266,8 +266,14 @@ def test_another_environment(run_script, tmp_path, monkeypatch):
             episode.terminations.append(terminated)
             episode.truncations.append(truncated)
         episodes.append(episode)
+    described = ("code_permalink", "author", "author_email", "algorithm_name", "description")
     minari.create_dataset_from_buffers(
-        "swimmer/random-v0", buffer=episodes, env=env, data_format="hdf5"
+        "swimmer/random-v0",
+        buffer=episodes,
+        env=env,
+        eval_env=env,
+        data_format="hdf5",
+        **dict.fromkeys(described, "made up for this test"),
     )
     run = [
         *TINY,
