@@ -92,7 +92,13 @@ def test_attention_is_a_mean_over_seeds(tmp_path):
     for seed, gaps in ((666, (0.2, 1.0)), (42, (0.4, 2.0))):
         rows = []
         for epoch, block in ((0, 0), (0, 1), (4, 0), (4, 1)):
-            row = {"run": "runs/a", "label": "gpt2", "seed": seed, "epoch": epoch, "block": block}
+            row = {
+                "run": f"runs/{seed}",
+                "label": "gpt2",
+                "seed": seed,
+                "epoch": epoch,
+                "block": block,
+            }
             row["median_gap"] = gaps[block] * (epoch > 0)
             for name in ("own_token", "on_returns", "on_states", "on_actions", "entropy"):
                 row[name] = [0.25, 0.75, float("nan")]
@@ -100,7 +106,8 @@ def test_attention_is_a_mean_over_seeds(tmp_path):
         (tmp_path / str(seed)).mkdir()
         results = {"runs": [{"run": "gpt2", "K": 1}], "attention": rows}
         (tmp_path / str(seed) / "results.json").write_text(json.dumps(results))
-    (row,), looks = results_table.attention_tables([tmp_path / "666", tmp_path / "42"])
+    folders = [tmp_path / "666", tmp_path / "42", tmp_path / "42"]  # one twice
+    (row,), looks = results_table.attention_tables(folders)
     assert list(row.values()) == ["gpt2", 1, 4, "42, 666", "0.30 ± 0.10", "1.50 ± 0.50"]
     assert len(looks) == 4 and looks[0]["own_token"] == "0.50 ± 0.00"
     assert looks[0]["most on the own token, one head"] == "0.75 ± 0.00"

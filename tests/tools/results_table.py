@@ -142,7 +142,7 @@ def score_tables(folders):
                 "steps": records[-1]["step"],
                 "seed": args["seed"],
                 "last loss": records[-1]["loss"],
-                "saturated": records[1]["saturated_fraction"],
+                "saturated in epoch 1": records[1]["saturated_fraction"],
                 "score of one evaluation": expected_best(scores, 1),
                 "best of 5": expected_best(scores, 5),
                 "best of 40": expected_best(scores, 40),
@@ -152,7 +152,7 @@ def score_tables(folders):
     keys = ("environment", "K", "starting point", "steps")
     formats = {
         "last loss": ".3f",
-        "saturated": ".0%",
+        "saturated in epoch 1": ".0%",
         "score of one evaluation": ".1f",
         "best of 5": ".1f",
         "best of 40": ".1f",
@@ -176,6 +176,7 @@ def score_tables(folders):
 def attention_tables(folders):
     """Section 5.6.2: median gap per block, and what the heads of each block look at."""
     gaps, looks = [], []
+    seen = set()  # a run may be part of several studies
     for study in read(folders, "results.json").values():
         if "attention" not in study:
             continue
@@ -191,8 +192,10 @@ def attention_tables(folders):
                 "block": row["block"],
                 "seed": row["seed"],
             }
-            if row["label"].startswith("block"):
+            measurement = (row["run"], row["epoch"], row["block"])
+            if row["label"].startswith("block") or measurement in seen:
                 continue
+            seen.add(measurement)
             if row["epoch"] == last[row["run"]]:
                 gaps.append({**key, "gap": row["median_gap"]})
             look = {**key, "most on the own token, one head": np.nanmax(row["own_token"])}
