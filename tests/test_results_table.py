@@ -109,8 +109,8 @@ def test_attention_is_a_mean_over_seeds(tmp_path):
     folders = [tmp_path / "666", tmp_path / "42", tmp_path / "42"]  # one twice
     (row,), looks = results_table.attention_tables(folders)
     assert list(row.values()) == ["gpt2", 1, 4, "42, 666", "0.30 ± 0.10", "1.50 ± 0.50"]
-    assert len(looks) == 4 and looks[0]["own_token"] == "0.50 ± 0.00"
-    assert looks[0]["most on the own token, one head"] == "0.75 ± 0.00"
+    assert len(looks) == 2 and looks[0]["on the own token"] == "0.50 ± 0.00"
+    assert looks[0]["most of a head"] == "0.75 ± 0.00"
 
 
 def test_a_file_is_filled_between_its_marks(tmp_path, capsys):

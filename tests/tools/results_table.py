@@ -173,8 +173,17 @@ def score_tables(folders):
     return default, small_head
 
 
+LOOKS = {
+    "on_returns": "weight on returns",
+    "on_states": "on states",
+    "on_actions": "on actions",
+    "entropy": "entropy, nats",
+    "own_token": "on the own token",
+}
+
+
 def attention_tables(folders):
-    """Section 5.6.2: median gap per block, and what the heads of each block look at."""
+    """Section 5.6.2: median gap per block, and what the heads look at, means over all of them."""
     gaps, looks = [], []
     seen = set()  # a run may be part of several studies
     for study in read(folders, "results.json").values():
@@ -198,25 +207,28 @@ def attention_tables(folders):
             seen.add(measurement)
             if row["epoch"] == last[row["run"]]:
                 gaps.append({**key, "gap": row["median_gap"]})
-            look = {**key, "most on the own token, one head": np.nanmax(row["own_token"])}
-            for name in ("own_token", "on_returns", "on_states", "on_actions", "entropy"):
-                look[name] = np.nanmean(row[name])
+            look = {**key, "most of a head": np.nanmax(row["own_token"])}
+            for name, title in LOOKS.items():
+                look[title] = np.nanmean(row[name])
             looks.append(look)
     table = {}
     for row in over_seeds(gaps, ("starting point", "K", "epoch", "block"), {"gap": ".2f"}):
         key = (row["starting point"], row["K"], row["epoch"])
         line = {"starting point": key[0], "K": key[1], "epoch": key[2], "seeds": row["seeds"]}
         table.setdefault(key, line)[f"block {row['block']}"] = row["gap"]
-    formats = {
-        "own_token": ".2f",
-        "most on the own token, one head": ".2f",
-        "on_returns": ".2f",
-        "on_states": ".2f",
-        "on_actions": ".2f",
-        "entropy": ".2f",
-    }
-    keys = ("starting point", "K", "block", "epoch")
-    return list(table.values()), over_seeds(looks, keys, formats)
+    keys = ("starting point", "K", "epoch", "seed")
+    of_models = {}
+    for look in looks:
+        of_models.setdefault(tuple(look[key] for key in keys), []).append(look)
+    rows = []
+    for values, blocks in of_models.items():
+        row = dict(zip(keys, values))
+        for title in LOOKS.values():
+            row[title] = np.mean([block[title] for block in blocks])
+        row["most of a head"] = max(block["most of a head"] for block in blocks)
+        rows.append(row)
+    formats = dict.fromkeys([*LOOKS.values(), "most of a head"], ".2f")
+    return list(table.values()), over_seeds(rows, keys[:-1], formats)
 
 
 def block_table(folders):
@@ -276,7 +288,8 @@ def clipping_table(folders):
     unclipped = {args["backbone"] for args, _ in finished if args["max_grad_norm"] == 0}
     rows = []
     for args, records in finished:
-        if args["backbone"] in unclipped and args["context_length"] == 20:
+        comparable = args["context_length"] == 20 and args["head_std"] is None
+        if args["backbone"] in unclipped and comparable:
             rows.append(
                 {
                     "starting point": Path(args["backbone"]).name,
