@@ -244,7 +244,7 @@ def test_analyse_earlier_runs(run_script, tmp_path):
     assert (
         run_script("dt_pretrained.py", *size, "--backbone", "gpt2", "--run-name", "b").status == 0
     )
-    mixed = ["--replace-blocks", "1", "--attention-windows", "0", "--run-name", "c"]
+    mixed = ["--replace-blocks", "1", "--attention-windows", "4", "--run-name", "c"]
     assert run_script("dt_no_context.py", *size, *mixed).status == 0
     runs = ["--runs", "runs/b", "runs/c/block_1", "--epochs", "0", "1", "--run-name", "a"]
     result = run_script(SCRIPT, *SIZE, *runs)
