@@ -31,7 +31,10 @@ COMMAND = [
 
 def same(run, reference):
     """Whether everything that must not depend on what happened to a run is the same, bit for bit."""
-    for name in ("latest.pt", "best.pt", "epoch_0.pt", "epoch_1.pt", "epoch_3.pt"):
+    names = sorted(path.name for path in reference.glob("*.pt"))
+    if names != sorted(path.name for path in run.glob("*.pt")):
+        return False
+    for name in names:
         ours, theirs = (torch.load(folder / name, weights_only=True) for folder in (run, reference))
         if not all(torch.equal(ours["model"][k], theirs["model"][k]) for k in theirs["model"]):
             return False
@@ -242,9 +245,12 @@ if __name__ == "__main__":  # as often as you like: python tests/test_interrupti
     for i in range(count):
         save = ("save", rng.randint(1, 7))
         moments.append(save if i % 3 == 0 else ("time", rng.uniform(0, 1.5)))
+    long_run = [*COMMAND, "--num-epochs", str(count)]  # so that it is not finished too soon
+    long_study = [*STUDY, "--num-epochs", str(count // 2)]
+    study_runs = ["random_clip_0.25", "igpt_clip_0.25"]
     cases = {
-        "dt_pretrained.py": (COMMAND, [""], moments[: count // 2]),
-        "analyze_grads.py": (STUDY, ["random_clip_0.25", "igpt_clip_0.25"], moments[count // 2 :]),
+        "dt_pretrained.py": (long_run, [""], moments[: count // 2]),
+        "analyze_grads.py": (long_study, study_runs, moments[count // 2 :]),
     }
     for script, (command, runs, when) in cases.items():
         alone, killed = folder / script / "alone", folder / script / "killed"
