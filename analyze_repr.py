@@ -230,6 +230,7 @@ class Attention(nn.Module):
     def forward(self, x):  # [batch, tokens, width]
         query, key, value = self.heads(x)
         dropout_p = self.attention_dropout if self.training else 0.0
+        # Causal: a token looks at itself and at what came before it, never ahead.
         x = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, is_causal=True)
         x = x.transpose(1, 2).flatten(2)  # [batch, tokens, width], the heads side by side
         return self.resid_dropout(self.c_proj(x))
@@ -309,10 +310,11 @@ class DecisionTransformer(nn.Module):
             state_tokens = self.embed_state(states)
             action_tokens = self.embed_action(actions)
         tokens = torch.stack([return_tokens, state_tokens, action_tokens], dim=2)
-        # The time is added after the LayerNorm.
+        # The three tokens of a step get the same embedding of its time, after the LayerNorm.
         # [decision_transformer/models/decision_transformer.py#L165]
-        tokens = self.embed_ln(tokens) + self.embed_timestep(timesteps)[:, :, None]
-        tokens = tokens.flatten(1, 2)  # from [batch, K, 3, width]
+        times = self.embed_timestep(timesteps)[:, :, None]  # [batch, K, 1, width]
+        tokens = self.embed_ln(tokens) + times  # [batch, K, 3, width]
+        tokens = tokens.flatten(1, 2)
         return self.transformer.drop(tokens)
 
     def forward(self, returns_to_go, states, actions, timesteps):
@@ -328,7 +330,8 @@ class DecisionTransformer(nn.Module):
         at_states = x[:, 1::3]  # the token of s_t predicts a_t: [batch, K, width]
         # Not in bf16, where the tanh is flat beyond 3.6 and passes no gradient.
         with torch.autocast(states.device.type, enabled=False):
-            # Input and output share one matrix: --share_input_output_proj of the released commands.
+            # The action head is the embedding's matrix [width, act_dim] again, without a bias:
+            # --share_input_output_proj of the released commands.
             # [decision_transformer/models/decision_transformer.py#L110]
             return torch.tanh(at_states.float() @ self.embed_action.weight)
 
@@ -388,19 +391,35 @@ def load_backbone(args):
         epsilon=config.layer_norm_epsilon,
         dropout=args.dropout,
     )
-    return Backbone([block] * config.n_layer, layer_norm, weights, True, source)
+    return Backbone(
+        blocks=[block] * config.n_layer,
+        final_norm=layer_norm,
+        weights=weights,
+        pretrained=True,
+        source=source,
+    )
 
 
 def random_backbone(args):
     """A random Transformer of GPT-2 small's size, or of the bundled GPT-2's."""
-    n_layer, n_embd, n_head = (4, 128, 4) if args.sample else (12, 768, 12)
-    activation = "gelu_new"
+    width = 128 if args.sample else 768
+    block = BlockConfig(
+        n_embd=width,
+        n_head=4 if args.sample else 12,
+        n_inner=4 * width,
+        activation="gelu_new",
+        dropout=args.dropout,
+    )
     if args.backbone == "random":
         # The paper's control is not GPT-2's architecture. [experiment.py#L469]
-        n_head = 1
-        activation = "relu"
-    block = BlockConfig(n_embd, n_head, 4 * n_embd, activation, dropout=args.dropout)
-    return Backbone([block] * n_layer, "layernorm", {}, False, f"seed {args.seed}")
+        block = replace(block, n_head=1, activation="relu")
+    return Backbone(
+        blocks=[block] * (4 if args.sample else 12),
+        final_norm="layernorm",
+        weights={},
+        pretrained=False,
+        source=f"seed {args.seed}",
+    )
 
 
 def read_pretrained(source):
@@ -409,9 +428,9 @@ def read_pretrained(source):
     Word and position embeddings are left out. transformers only reads the file: the model that is
     trained is the one above, which the tests hold against transformers' own.
     """
-    # The import takes seconds, and the request to convert .bin files would go to the hub.
+    # transformers would ask the hub to convert a checkpoint that is kept as .bin.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
-    import transformers
+    import transformers  # here, because it takes seconds and random weights do not need it
     from huggingface_hub.constants import HF_HUB_CACHE
 
     transformers.logging.set_verbosity_error()
@@ -449,16 +468,17 @@ def read_pretrained(source):
         )
     except Exception as error:
         stop(f"The backbone {source} cannot be loaded ({first_line(error)}): {hint}.")
-    wrong_keys = []
-    for key in [*report["missing_keys"], *report["mismatched_keys"], *report["unexpected_keys"]]:
-        # Heads and word embeddings are not used here. Old checkpoints keep the causal mask of each
-        # block among their weights.
-        key = str(key)
-        is_mask = key.endswith((".attn.bias", ".attn.masked_bias"))
-        if ("h." in key or "ln_f." in key) and not is_mask:
-            wrong_keys.append(key)
-    if wrong_keys:
-        stop(f"In the backbone {source} these are missing, misshapen or unknown: {wrong_keys[:3]}.")
+    bad_names = []
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        for name in map(str, report[kind]):  # of a mismatch, the name and both shapes
+            # Word embeddings and output heads are not used here, and may be anything.
+            is_used = "h." in name or "ln_f." in name
+            # Old checkpoints keep the causal mask of each block among their weights.
+            is_mask = name.endswith((".attn.bias", ".attn.masked_bias"))
+            if is_used and not is_mask:
+                bad_names.append(name)
+    if bad_names:
+        stop(f"In the backbone {source} these are missing, misshapen or unknown: {bad_names[:3]}.")
 
     weights = {}
     for name, weight in model.state_dict().items():
@@ -467,26 +487,6 @@ def read_pretrained(source):
             if not weight.isfinite().all():
                 stop(f"The weight {name} of the backbone {source} has numbers that are not finite.")
     return config, weights
-
-
-def load_model(path, device):
-    """The model of a checkpoint that any of the scripts has written, in evaluation mode."""
-    checkpoint = read_checkpoint(path, device)
-    architecture = dict(checkpoint["architecture"])
-    blocks = [BlockConfig(**config) for config in architecture.pop("blocks")]
-    model = DecisionTransformer(blocks, **architecture).to(device)
-    model.load_state_dict(checkpoint["model"])
-    return model.eval()
-
-
-def read_checkpoint(path, device):
-    try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:
-        stop(f"{path} is missing or damaged ({first_line(error)}).")
-    if not isinstance(checkpoint, dict) or "architecture" not in checkpoint:
-        stop(f"{path} is no checkpoint of these scripts.")
-    return checkpoint
 
 
 # ==================================================================================================
@@ -528,30 +528,27 @@ def read_d4rl(path):
 
     [data/download_d4rl_datasets.py#L41]
     """
-    columns = {}
     with h5py.File(path) as file:
-        for name in ("observations", "actions", "rewards", "terminals", "timeouts"):
-            if name in file or name != "timeouts":
-                columns[name] = file[name][()]
-    if "timeouts" not in columns:  # as in D4RL's -v0 files
-        print(f"{path} has no timeouts: an episode ends where terminals are set, and only there.")
-        columns["timeouts"] = np.zeros_like(columns["terminals"])
-    if len({column.shape[:1] for column in columns.values()}) > 1:
-        stop(f"The columns of {path} differ in length.")
-    for name in ("terminals", "timeouts"):
-        if columns[name].ndim != 1 or columns[name].dtype.kind not in "biuf":
+        observations = file["observations"][()]
+        actions = file["actions"][()]
+        rewards = file["rewards"][()]
+        terminals = file["terminals"][()]  # the policy failed
+        if "timeouts" in file:
+            timeouts = file["timeouts"][()]  # the time was up
+        else:  # as in D4RL's -v0 files
+            print(f"{path} has no timeouts: an episode ends where terminals are set, only there.")
+            timeouts = np.zeros_like(terminals)
+    for name, column in (("terminals", terminals), ("timeouts", timeouts)):
+        if column.ndim != 1 or column.dtype.kind not in "biuf":  # booleans or numbers
             stop(f"The {name} of {path} are not one yes or no a step.")
-    # An episode ends where the policy failed (terminal), or where its time was up (timeout).
-    ends = np.flatnonzero(columns["terminals"].astype(bool) | columns["timeouts"].astype(bool)) + 1
+    if not len(observations) == len(actions) == len(rewards) == len(terminals) == len(timeouts):
+        stop(f"The columns of {path} differ in length.")
     episodes = []
-    for start, end in zip([0, *ends[:-1]], ends):
-        episodes.append(
-            Episode(
-                columns["observations"][start:end],
-                columns["actions"][start:end],
-                columns["rewards"][start:end],
-            )
-        )
+    start = 0
+    for last_step in np.flatnonzero(terminals.astype(bool) | timeouts.astype(bool)):
+        steps = slice(start, last_step + 1)
+        episodes.append(Episode(observations[steps], actions[steps], rewards[steps]))
+        start = last_step + 1
     return episodes
 
 
@@ -588,7 +585,6 @@ def load_episodes(args, env):
 
     All are kept. The released code drops the one of lowest return by a `<`. [experiment.py#L172]
     """
-    name = f"--dataset {args.dataset}"
     advice = (
         "it takes a D4RL file, or a folder or id of Minari, which is looked for under "
         "MINARI_DATASETS_PATH and on its server; or try --sample"
@@ -601,8 +597,14 @@ def load_episodes(args, env):
             advice = f"if a download was cut, delete {folder} and start again"
             episodes = read_minari(folder, args.env)
     except Exception as error:
-        stop(f"{name} cannot be read ({first_line(error)}): {advice}.")
+        stop(f"--dataset {args.dataset} cannot be read ({first_line(error)}): {advice}.")
+    check_episodes(episodes, args, env)
+    return episodes
 
+
+def check_episodes(episodes, args, env):
+    """Stop with a sentence if training on these episodes would fail, or would make no sense."""
+    name = f"--dataset {args.dataset}"
     if not episodes:
         stop(f"{name} has no episode.")
     state_shape = env.single_observation_space.shape
@@ -632,7 +634,6 @@ def load_episodes(args, env):
     longest = max(len(episode.rewards) for episode in episodes)
     if args.context_length > longest:
         stop(f"--context-length {args.context_length} is beyond the longest episode, {longest}.")
-    return episodes
 
 
 class OfflineData:
@@ -647,12 +648,11 @@ class OfflineData:
         # What is constant in the data need not be so in the environment: divided by 1e-6, as the
         # released code does, it would be huge. Hopper, HalfCheetah and Walker2d have no such state.
         std[std < 2e-6] = 1
-        returns_to_go = []
-        for episode in episodes:
-            rewards = episode.rewards.astype(np.float64)
-            returns_to_go.append(rewards[::-1].cumsum()[::-1])  # undiscounted
-        returns_to_go = np.concatenate(returns_to_go) / RETURN_SCALE
+        # The return-to-go of a step is the undiscounted sum of its reward and of all later ones.
+        rewards = [episode.rewards.astype(np.float64) for episode in episodes]
+        returns_to_go = np.concatenate([column[::-1].cumsum()[::-1] for column in rewards])
         timesteps = np.concatenate([np.arange(length) for length in lengths])
+        # Of each transition, the index behind the last one of its episode.
         episode_ends = np.repeat(np.cumsum(lengths), lengths)
 
         def float_tensor(values):
@@ -662,10 +662,9 @@ class OfflineData:
         self.state_std = float_tensor(std)  # [state_dim]
         self.states = float_tensor((observations - mean) / std)  # [N, state_dim]
         self.actions = float_tensor(actions)  # [N, act_dim]
-        self.returns_to_go = float_tensor(returns_to_go[:, None])  # [N, 1]
+        self.returns_to_go = float_tensor(returns_to_go[:, None] / RETURN_SCALE)  # [N, 1]
         self.timesteps = torch.as_tensor(timesteps, device=device)  # [N]
-        # [N], of each transition the index behind the last one of its episode
-        self.episode_ends = torch.as_tensor(episode_ends, device=device)
+        self.episode_ends = torch.as_tensor(episode_ends, device=device)  # [N]
 
     def windows(self, starts, context_length):
         """The Windows of K steps from the transitions `starts` [batch] on, by an index lookup.
@@ -748,7 +747,7 @@ def evaluate(model, env, state_mean, state_std, args):
     for t in tqdm(range(horizon), desc="evaluation", unit="step", leave=False):
         observations = torch.as_tensor(observations, dtype=torch.float32, device=device)
         states[:, t] = (observations - state_mean) / state_std
-        rows = torch.as_tensor(np.flatnonzero(running), device=device)  # episodes still to play
+        rows = torch.as_tensor(np.flatnonzero(running), device=device)  # episodes not yet over
         context = slice(max(0, t - args.context_length + 1), t + 1)
         with autocast(args, device):
             predicted = model(
@@ -763,6 +762,7 @@ def evaluate(model, env, state_mean, state_std, args):
         observations, rewards, terminated, truncated, _ = env.step(actions[:, t].cpu().numpy())
         episode_returns += rewards * running
         episode_lengths += running
+        # What has been received need not be asked for again.
         scaled_rewards = torch.as_tensor(np.float32(rewards / RETURN_SCALE), device=device)
         returns_to_go[:, t + 1, 0] = returns_to_go[:, t, 0] - scaled_rewards
         running &= ~(terminated | truncated)
@@ -920,7 +920,7 @@ def train(args, folder, backbone, device):
         records = checkpoint["records"]
         history = checkpoint["history"]
 
-    # Compile it for a GPU, and train it by several processes, without touching its parameters.
+    # `trained_model` has the parameters of `model`, compiled for a GPU, or shared by processes.
     trained_model = model
     if args.compile:
         trained_model = torch.compile(trained_model, mode="reduce-overhead")  # CUDA graphs
@@ -965,8 +965,9 @@ def train(args, folder, backbone, device):
             with autocast(args, device):
                 loss, saturated_fraction = training_loss(trained_model, windows)
             loss.backward()
-            # Shorten the gradient of all parameters together; this is its norm before that.
-            # [decision_transformer/training/seq_trainer.py#L84]
+            # Here the gradient is clipped. Taken as one vector over all parameters, it is shortened
+            # to max_grad_norm if it is longer; its direction stays. The norm returned is the one
+            # before that. [decision_transformer/training/seq_trainer.py#L84]
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
             optimizer.step()
             scheduler.step()
@@ -1048,8 +1049,11 @@ def train_study(args, folder, device):
     return runs
 
 
+# ==================================================================================================
+# Windows that all models are shown
+# ==================================================================================================
 def choose_windows(data, context_length, args):
-    """Whole windows at random: for CKA, and for MINE to be trained on and to be held out.
+    """Whole windows at random: those for CKA, and those for MINE, training ones before held-out.
 
     Held-out windows come from other episodes than those that MINE is trained on: windows of one
     episode overlap.
@@ -1057,20 +1061,23 @@ def choose_windows(data, context_length, args):
     starts = torch.arange(len(data.states))
     ends = data.episode_ends.cpu()
     is_whole = starts + context_length <= ends
-    episode = torch.unique(ends, return_inverse=True)[1]  # number of each transition's episode
+    _, episode = torch.unique(ends, return_inverse=True)  # number of each transition's episode
     is_held_out = episode % 2 == 1
     rng = np.random.default_rng(args.seed)
 
     def draw(allowed, count):
         if allowed.sum() < count:
             stop(f"There are {allowed.sum()} whole windows, not {count}: lower --mine-windows.")
-        chosen = rng.choice(starts[allowed], count, replace=False)
-        return data.windows(torch.as_tensor(chosen, device=data.states.device), context_length)
+        return torch.as_tensor(rng.choice(starts[allowed], count, replace=False))
 
-    cka_windows = draw(is_whole, args.cka_windows)
-    training_windows = draw(is_whole & ~is_held_out, args.mine_windows)
-    held_out_windows = draw(is_whole & is_held_out, args.mine_windows)
-    return cka_windows, training_windows, held_out_windows
+    for_cka = draw(is_whole, args.cka_windows)
+    for_training = draw(is_whole & ~is_held_out, args.mine_windows)
+    held_out = draw(is_whole & is_held_out, args.mine_windows)
+    for_mine = torch.cat([for_training, held_out])
+    device = data.states.device
+    cka_windows = data.windows(for_cka.to(device), context_length)
+    mine_windows = data.windows(for_mine.to(device), context_length)
+    return cka_windows, mine_windows
 
 
 # ==================================================================================================
@@ -1099,17 +1106,14 @@ def layer_names(num_blocks):
 def activations(model, windows, layers, positions, chunk_size=250):
     """Outputs of some layers at some of the 3K tokens: {layer: [positions, windows, width]}."""
     chunks = {layer: [] for layer in layers}
+    layer_of_module = {model.transformer.h.get_submodule(layer): layer for layer in layers}
 
-    def hook_for(layer):
-        def hook(module, inputs, output):
-            chunks[layer].append(output[:, positions].transpose(0, 1).cpu())
+    def keep_output(module, inputs, output):  # [chunk, 3K, width]
+        layer = layer_of_module[module]
+        chunks[layer].append(output[:, positions].transpose(0, 1).cpu())
 
-        return hook
-
-    hooks = []
-    for layer in layers:
-        module = model.transformer.h.get_submodule(layer)
-        hooks.append(module.register_forward_hook(hook_for(layer)))
+    # PyTorch calls a forward hook each time that its module has computed something.
+    hooks = [module.register_forward_hook(keep_output) for module in layer_of_module]
     for start in range(0, len(windows.valid), chunk_size):
         chunk = Windows(*(column[start : start + chunk_size] for column in windows))
         model(chunk.returns_to_go, chunk.states, chunk.actions, chunk.timesteps)
@@ -1134,6 +1138,7 @@ def gram_matrices(layers):
         x = x - x[0]  # keeps the digits of what differs; CKA does not see a translation
         num_windows = len(x)
         gram = x @ x.T
+        # U-centering: off the diagonal, every row and every column then sums to zero.
         gram.fill_diagonal_(0)
         sums = gram.sum(dim=0)
         gram -= (sums[:, None] + sums) / (num_windows - 2)
@@ -1174,9 +1179,40 @@ def align_depth(values, num_blocks):
     old_edges = np.linspace(0, num_blocks, len(values) + 1)
     aligned = np.zeros((num_blocks, len(LAYERS)))
     for block in range(num_blocks):
+        # How much of this block each old one covers.
         covered = np.minimum(old_edges[1:], block + 1) - np.maximum(old_edges[:-1], block)
         aligned[block] = covered.clip(min=0) @ values
     return aligned.flatten()
+
+
+CKA_FORMATS = {
+    "run": "",
+    "token": "",
+    "mean_cka": ".3f",
+    "layers_above": "d",
+    "layer_norms_above": "d",
+}
+
+
+def cka_table(runs, similarities, threshold):
+    """Mean CKA before and after, and how many layers are above the threshold, for each token."""
+    rows = []
+    for run, similarity in zip(runs, similarities):
+        for token, values in similarity.items():
+            names = layer_names(len(values) // len(LAYERS))
+            layers = dict(zip(names, values.tolist()))
+            above = [name for name in names if layers[name] > threshold]
+            rows.append(
+                {
+                    "run": str(run.folder),
+                    "token": token,
+                    "mean_cka": np.nanmean(values).item(),
+                    "layers_above": len(above),
+                    "layer_norms_above": sum(".ln_" in name for name in above),
+                    "layers": layers,
+                }
+            )
+    return rows
 
 
 # ==================================================================================================
@@ -1236,21 +1272,24 @@ def mine(x, t, args, device):
     networks = StatisticsNetworks(len(x), x.shape[2] + t.shape[2], generator).to(device)
     optimizer = torch.optim.Adam(networks.parameters(), lr=1e-4, fused=True)
 
-    def statistics(windows, partners):
-        """T on pairs that belong together, and on pairs with the x of another window."""
-        joint = torch.cat([x[:, windows], t[:, windows]], dim=2)
-        marginal = torch.cat([x[:, partners], t[:, windows]], dim=2)
+    def statistics(batch, partners):
+        """T for the windows `batch`: with their own x, and with the x of their `partners`."""
+        batch = batch.to(device)
+        partners = partners.to(device)
+        joint = torch.cat([x[:, batch], t[:, batch]], dim=2)
+        marginal = torch.cat([x[:, partners], t[:, batch]], dim=2)
         return networks(torch.cat([joint, marginal], dim=1)).chunk(2, dim=1)
 
     average = None
     for _ in tqdm(range(args.mine_passes), desc="MINE", unit="pass", leave=False):
         order = torch.randperm(num_windows, generator=generator)
-        for windows in order[: num_windows // batch_size * batch_size].split(batch_size):
-            partners = windows[torch.randperm(batch_size, generator=generator)]
-            joint, marginal = statistics(windows.to(device), partners.to(device))
+        for batch in order[: num_windows // batch_size * batch_size].split(batch_size):
+            partners = batch[torch.randperm(batch_size, generator=generator)]
+            joint, marginal = statistics(batch, partners)
+            # The bound of donsker_varadhan is what is to grow. Its log E[exp T] has the gradient
+            # E[exp T]' / E[exp T]; in small batches that is less biased with a moving average below
+            # the fraction (section 3.2 of Belghazi et al.).
             mean_exp = marginal.exp().mean(dim=1)
-            # With a moving average below the fraction, the gradient of log E[exp T] is less biased
-            # in small batches (section 3.2 of Belghazi et al.).
             if average is None:
                 average = mean_exp.detach()
             else:
@@ -1264,13 +1303,13 @@ def mine(x, t, args, device):
     # tells how well it memorizes. [../mine-pytorch/mine/models/mine.py#L125]
     estimates = []
     for first in (num_windows, 0):  # held out, training
-        windows = first + torch.arange(num_windows)
-        partners = first + torch.randperm(num_windows, generator=generator)
+        order = first + torch.arange(num_windows)
+        shuffled = first + torch.randperm(num_windows, generator=generator)
         joints = []
         marginals = []
         with torch.no_grad():
-            for batch, others in zip(windows.split(batch_size), partners.split(batch_size)):
-                joint, marginal = statistics(batch.to(device), others.to(device))
+            for batch, partners in zip(order.split(batch_size), shuffled.split(batch_size)):
+                joint, marginal = statistics(batch, partners)
                 joints.append(joint)
                 marginals.append(marginal)
         bound = donsker_varadhan(torch.cat(joints, dim=1), torch.cat(marginals, dim=1))
@@ -1290,7 +1329,7 @@ def standardize(values, num_windows):
 # ==================================================================================================
 # x_t is a token of the data at step t, T_l(x_t) the output of block l at that token, and the index
 # K is the last step of the window. Variables are [steps, windows, features].
-def estimate(x, t, args, device, **about):
+def estimate(about, x, t, args, device):
     """Estimates of I(x; t) for each of the steps: rows that begin with what they are `about`."""
     held_out, training = mine(x, t, args, device)
     rows = []
@@ -1307,7 +1346,7 @@ def estimate(x, t, args, device, **about):
     return rows
 
 
-def estimate_control(x, t, args, device, **about):
+def estimate_control(about, x, t, args, device):
     """The last step's estimate again with the windows of x shuffled: there is nothing to know.
 
     What MINE finds there is its error.
@@ -1315,7 +1354,7 @@ def estimate_control(x, t, args, device, **about):
     rng = np.random.default_rng(args.seed)
     half = x.shape[1] // 2
     order = np.concatenate([rng.permutation(half), half + rng.permutation(half)])
-    rows = estimate(x[-1:, torch.as_tensor(order)], t[-1:], args, device, **about)
+    rows = estimate(about, x[-1:, torch.as_tensor(order)], t[-1:], args, device)
     rows[0]["control"] = True
     return rows
 
@@ -1350,18 +1389,19 @@ def information_with_context(model, windows, steps, args, device):
     for block in sorted({0, num_blocks // 2, num_blocks - 1}):
         t = block_output(model, windows, block, steps)
         for token in TOKENS:
-            count = len(steps) - 1 if token == "action" else len(steps)
+            count = len(steps) - 1 if token == "action" else len(steps)  # without a_K
             if count == 0:
                 continue  # K = 1, where a_K is the only action
+            # One and the same for all steps: [count, windows, features].
             at_last_state = t["state"][-1:].expand(count, -1, -1)
             last_action = x["action"][-1:].expand(count, -1, -1)
             about_input = {"analysis": "context", "of": "I(X;T)", "block": block, "token": token}
             about_label = {"analysis": "context", "of": "I(Y;T)", "block": block, "token": token}
-            rows += estimate(x[token][:count], at_last_state, args, device, **about_input)
-            rows += estimate(last_action, t[token][:count], args, device, **about_label)
-            if token == "state":
-                rows += estimate_control(x[token], at_last_state, args, device, **about_input)
-                rows += estimate_control(last_action, t[token], args, device, **about_label)
+            rows += estimate(about_input, x[token][:count], at_last_state, args, device)
+            rows += estimate(about_label, last_action, t[token][:count], args, device)
+            if token == "state":  # one control each is enough
+                rows += estimate_control(about_input, x[token], at_last_state, args, device)
+                rows += estimate_control(about_label, last_action, t[token], args, device)
     return rows
 
 
@@ -1373,10 +1413,10 @@ def information_of_same_step(model, windows, steps, args, device):
         t = block_output(model, windows, block, steps)
         about_input = {"analysis": "same step", "of": "I(X;T)", "block": block, "token": "state"}
         about_label = {"analysis": "same step", "of": "I(Y;T)", "block": block, "token": "state"}
-        rows += estimate(x["state"], t["state"], args, device, **about_input)
-        rows += estimate(x["action"], t["state"], args, device, **about_label)
-        rows += estimate_control(x["state"], t["state"], args, device, **about_input)
-        rows += estimate_control(x["action"], t["state"], args, device, **about_label)
+        rows += estimate(about_input, x["state"], t["state"], args, device)
+        rows += estimate(about_label, x["action"], t["state"], args, device)
+        rows += estimate_control(about_input, x["state"], t["state"], args, device)
+        rows += estimate_control(about_label, x["action"], t["state"], args, device)
     return rows
 
 
@@ -1386,8 +1426,49 @@ def information_in_data(windows, steps, args, device):
     rows = []
     for of, token in (("I(s;a)", "state"), ("I(R;a)", "return")):
         about = {"analysis": "data", "of": of, "block": None, "token": token}
-        rows += estimate(x[token], x["action"], args, device, **about)
-        rows += estimate_control(x[token], x["action"], args, device, **about)
+        rows += estimate(about, x[token], x["action"], args, device)
+        rows += estimate_control(about, x[token], x["action"], args, device)
+    return rows
+
+
+def select(rows, **properties):
+    """The rows with these properties, in their order."""
+    return [row for row in rows if all(row[name] == value for name, value in properties.items())]
+
+
+def read_off(args):
+    """Which estimate is trusted: the held-out one, but at the paper's settings the training one."""
+    return "training" if args.mine_paper_settings else "held_out"
+
+
+INFORMATION_FORMATS = {
+    "run": "",
+    "analysis": "",
+    "of": "",
+    "held_out": ".3f",
+    "training": ".3f",
+    "shuffled": ".3f",
+}
+
+
+def information_table(information, args):
+    """Means over blocks, tokens and steps."""
+    rows = []
+    groups = [(row["run"], row["analysis"], row["of"]) for row in information]
+    for run, analysis, of in dict.fromkeys(groups):  # each group once, in their order
+        of_group = select(information, run=run, analysis=analysis, of=of)
+        estimates = select(of_group, control=False)
+        controls = select(of_group, control=True)
+        rows.append(
+            {
+                "run": run,
+                "analysis": analysis,
+                "of": of,
+                "held_out": np.nanmean([row["held_out"] for row in estimates]).item(),
+                "training": np.nanmean([row["training"] for row in estimates]).item(),
+                "shuffled": np.nanmean([row[read_off(args)] for row in controls]).item(),
+            }
+        )
     return rows
 
 
@@ -1453,21 +1534,11 @@ def plot_heat_maps(runs, grams_before, grams_after, token):
     return figure
 
 
-def select(rows, **properties):
-    """The rows with these properties, in their order."""
-    return [row for row in rows if all(row[name] == value for name, value in properties.items())]
-
-
 def mine_figure(run, args, subject, width, height):
     windows = read_off(args).replace("_", "-")
     settings = f"MINE, {args.mine_windows} {windows} windows, {args.mine_passes} passes"
     K = run.args["context_length"]
     return new_figure(run.args, f"{subject}, K = {K}\n{settings}; dashed: shuffled", width, height)
-
-
-def read_off(args):
-    """Which estimate is trusted: the held-out one, but at the paper's settings the training one."""
-    return "training" if args.mine_paper_settings else "held_out"
 
 
 def plot_information_with_context(runs, information, steps, args):
@@ -1606,7 +1677,7 @@ def complete_arguments(args):
     if args.target_return is None:
         args.target_return = task.target_return
     if args.run_name is None:
-        backbone_name = Path(args.backbone or "study").name
+        backbone_name = Path(args.backbone or "study").name  # a study has several
         name = f"{args.env}__{SCRIPT}__{backbone_name}__{args.seed}__{int(time.time())}"
         args.run_name = re.sub(r"[^\w.-]+", "-", name)  # an environment may have a / or a :
     if not re.fullmatch(r"\w[\w. -]*", args.run_name):
@@ -1671,6 +1742,26 @@ def save_checkpoint(path, checkpoint):
         torch.save(checkpoint, temporary)
 
 
+def load_model(path, device):
+    """The model of a checkpoint that any of the scripts has written, in evaluation mode."""
+    checkpoint = read_checkpoint(path, device)
+    architecture = dict(checkpoint["architecture"])
+    blocks = [BlockConfig(**config) for config in architecture.pop("blocks")]
+    model = DecisionTransformer(blocks, **architecture).to(device)
+    model.load_state_dict(checkpoint["model"])
+    return model.eval()
+
+
+def read_checkpoint(path, device):
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        stop(f"{path} is missing or damaged ({first_line(error)}).")
+    if not isinstance(checkpoint, dict) or "architecture" not in checkpoint:
+        stop(f"{path} is no checkpoint of these scripts.")
+    return checkpoint
+
+
 def save_figure(figure, path, step):
     """Write a matplotlib figure as a PNG and as a TensorBoard image."""
     with replacing(path) as temporary:
@@ -1728,48 +1819,8 @@ mujoco.set_mju_user_warning(warn_of_mujoco)
 # ==================================================================================================
 # Experiment
 # ==================================================================================================
-def cka_table(runs, similarities, threshold):
-    rows = []
-    for run, similarity in zip(runs, similarities):
-        for token, values in similarity.items():
-            names = layer_names(len(values) // len(LAYERS))
-            layers = dict(zip(names, values.tolist()))
-            above = [name for name in names if layers[name] > threshold]
-            rows.append(
-                {
-                    "run": str(run.folder),
-                    "token": token,
-                    "mean_cka": np.nanmean(values).item(),
-                    "layers_above": len(above),
-                    "layer_norms_above": sum(".ln_" in name for name in above),
-                    "layers": layers,
-                }
-            )
-    return rows
-
-
-def information_table(information, args):
-    """Means over blocks, tokens and steps."""
-    rows = []
-    groups = {(row["run"], row["analysis"], row["of"]): None for row in information}
-    for run, analysis, of in groups:
-        of_group = select(information, run=run, analysis=analysis, of=of)
-        estimates = select(of_group, control=False)
-        controls = select(of_group, control=True)
-        rows.append(
-            {
-                "run": run,
-                "analysis": analysis,
-                "of": of,
-                "held_out": np.nanmean([row["held_out"] for row in estimates]).item(),
-                "training": np.nanmean([row["training"] for row in estimates]).item(),
-                "shuffled": np.nanmean([row[read_off(args)] for row in controls]).item(),
-            }
-        )
-    return rows
-
-
 def check_own_arguments(args):
+    """The arguments that only this script has."""
     if args.mine_paper_settings:  # [../mine-pytorch/util_mi_calculation.py#L39]
         args.mine_windows = 100
         args.mine_batch_size = 50
@@ -1815,8 +1866,7 @@ if __name__ == "__main__":
     data_args = replace(args, env=run_args["env"], dataset=run_args["dataset"])
     data = OfflineData(load_episodes(data_args, make_env(data_args, 1)), device)
     K = run_args["context_length"]
-    cka_windows, training_windows, held_out_windows = choose_windows(data, K, args)
-    mine_windows = Windows(*map(torch.cat, zip(training_windows, held_out_windows)))
+    cka_windows, mine_windows = choose_windows(data, K, args)
     num_steps = min(args.mine_steps or K, K)
     steps = sorted({round(step) for step in np.linspace(K - 1, 0, num_steps)})
 
@@ -1835,7 +1885,9 @@ if __name__ == "__main__":
             before = grams_of_tokens(model_before, cka_windows)
             after = grams_of_tokens(model_after, cka_windows)
             # Each layer with itself: the diagonal of cka(before, after).
-            similarity = {token: (before[token] * after[token]).sum(1).numpy() for token in TOKENS}
+            similarity = {}
+            for token in TOKENS:
+                similarity[token] = (before[token] * after[token]).sum(dim=1).numpy()
             grams_before.append(before)
             grams_after.append(after)
             similarities.append(similarity)
@@ -1856,8 +1908,7 @@ if __name__ == "__main__":
             heat_maps = plot_heat_maps(runs, grams_before, grams_after, token)
             figures[f"cka_heat_maps_{token}"] = heat_maps
         print(f"\nCKA before and after; layers above {args.cka_threshold:g}, LayerNorms of them")
-        formats = {"run": "", "token": "", "mean_cka": ".3f"}
-        print_table(cka_rows, {**formats, "layers_above": "d", "layer_norms_above": "d"})
+        print_table(cka_rows, CKA_FORMATS)
     if args.mine_windows > 0:
         figures["information_with_context"] = plot_information_with_context(
             runs, information, steps, args
@@ -1865,8 +1916,7 @@ if __name__ == "__main__":
         figures["information_of_same_step"] = plot_information_of_same_step(runs, information, args)
         figures["information_in_data"] = plot_information_in_data(runs, information, args)
         print("\nMutual information in nats, mean over blocks, tokens and steps")
-        formats = {"run": "", "analysis": "", "of": "", "held_out": ".3f", "training": ".3f"}
-        print_table(information_table(information, args), {**formats, "shuffled": ".3f"})
+        print_table(information_table(information, args), INFORMATION_FORMATS)
     for name, figure in figures.items():
         save_figure(figure, folder / f"{name}.png", step=args.num_epochs)
     print(f"{folder}: results.json, {', '.join(figures)}; or: tensorboard --logdir runs")

@@ -21,7 +21,7 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -193,6 +193,7 @@ class Attention(nn.Module):
     def forward(self, x):  # [batch, tokens, width]
         query, key, value = self.heads(x)
         dropout_p = self.attention_dropout if self.training else 0.0
+        # Causal: a token looks at itself and at what came before it, never ahead.
         x = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p, is_causal=True)
         x = x.transpose(1, 2).flatten(2)  # [batch, tokens, width], the heads side by side
         return self.resid_dropout(self.c_proj(x))
@@ -272,10 +273,11 @@ class DecisionTransformer(nn.Module):
             state_tokens = self.embed_state(states)
             action_tokens = self.embed_action(actions)
         tokens = torch.stack([return_tokens, state_tokens, action_tokens], dim=2)
-        # The time is added after the LayerNorm.
+        # The three tokens of a step get the same embedding of its time, after the LayerNorm.
         # [decision_transformer/models/decision_transformer.py#L165]
-        tokens = self.embed_ln(tokens) + self.embed_timestep(timesteps)[:, :, None]
-        tokens = tokens.flatten(1, 2)  # from [batch, K, 3, width]
+        times = self.embed_timestep(timesteps)[:, :, None]  # [batch, K, 1, width]
+        tokens = self.embed_ln(tokens) + times  # [batch, K, 3, width]
+        tokens = tokens.flatten(1, 2)
         return self.transformer.drop(tokens)
 
     def forward(self, returns_to_go, states, actions, timesteps):
@@ -291,7 +293,8 @@ class DecisionTransformer(nn.Module):
         at_states = x[:, 1::3]  # the token of s_t predicts a_t: [batch, K, width]
         # Not in bf16, where the tanh is flat beyond 3.6 and passes no gradient.
         with torch.autocast(states.device.type, enabled=False):
-            # Input and output share one matrix: --share_input_output_proj of the released commands.
+            # The action head is the embedding's matrix [width, act_dim] again, without a bias:
+            # --share_input_output_proj of the released commands.
             # [decision_transformer/models/decision_transformer.py#L110]
             return torch.tanh(at_states.float() @ self.embed_action.weight)
 
@@ -351,19 +354,35 @@ def load_backbone(args):
         epsilon=config.layer_norm_epsilon,
         dropout=args.dropout,
     )
-    return Backbone([block] * config.n_layer, layer_norm, weights, True, source)
+    return Backbone(
+        blocks=[block] * config.n_layer,
+        final_norm=layer_norm,
+        weights=weights,
+        pretrained=True,
+        source=source,
+    )
 
 
 def random_backbone(args):
     """A random Transformer of GPT-2 small's size, or of the bundled GPT-2's."""
-    n_layer, n_embd, n_head = (4, 128, 4) if args.sample else (12, 768, 12)
-    activation = "gelu_new"
+    width = 128 if args.sample else 768
+    block = BlockConfig(
+        n_embd=width,
+        n_head=4 if args.sample else 12,
+        n_inner=4 * width,
+        activation="gelu_new",
+        dropout=args.dropout,
+    )
     if args.backbone == "random":
         # The paper's control is not GPT-2's architecture. [experiment.py#L469]
-        n_head = 1
-        activation = "relu"
-    block = BlockConfig(n_embd, n_head, 4 * n_embd, activation, dropout=args.dropout)
-    return Backbone([block] * n_layer, "layernorm", {}, False, f"seed {args.seed}")
+        block = replace(block, n_head=1, activation="relu")
+    return Backbone(
+        blocks=[block] * (4 if args.sample else 12),
+        final_norm="layernorm",
+        weights={},
+        pretrained=False,
+        source=f"seed {args.seed}",
+    )
 
 
 def read_pretrained(source):
@@ -372,9 +391,9 @@ def read_pretrained(source):
     Word and position embeddings are left out. transformers only reads the file: the model that is
     trained is the one above, which the tests hold against transformers' own.
     """
-    # The import takes seconds, and the request to convert .bin files would go to the hub.
+    # transformers would ask the hub to convert a checkpoint that is kept as .bin.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
-    import transformers
+    import transformers  # here, because it takes seconds and random weights do not need it
     from huggingface_hub.constants import HF_HUB_CACHE
 
     transformers.logging.set_verbosity_error()
@@ -412,16 +431,17 @@ def read_pretrained(source):
         )
     except Exception as error:
         stop(f"The backbone {source} cannot be loaded ({first_line(error)}): {hint}.")
-    wrong_keys = []
-    for key in [*report["missing_keys"], *report["mismatched_keys"], *report["unexpected_keys"]]:
-        # Heads and word embeddings are not used here. Old checkpoints keep the causal mask of each
-        # block among their weights.
-        key = str(key)
-        is_mask = key.endswith((".attn.bias", ".attn.masked_bias"))
-        if ("h." in key or "ln_f." in key) and not is_mask:
-            wrong_keys.append(key)
-    if wrong_keys:
-        stop(f"In the backbone {source} these are missing, misshapen or unknown: {wrong_keys[:3]}.")
+    bad_names = []
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        for name in map(str, report[kind]):  # of a mismatch, the name and both shapes
+            # Word embeddings and output heads are not used here, and may be anything.
+            is_used = "h." in name or "ln_f." in name
+            # Old checkpoints keep the causal mask of each block among their weights.
+            is_mask = name.endswith((".attn.bias", ".attn.masked_bias"))
+            if is_used and not is_mask:
+                bad_names.append(name)
+    if bad_names:
+        stop(f"In the backbone {source} these are missing, misshapen or unknown: {bad_names[:3]}.")
 
     weights = {}
     for name, weight in model.state_dict().items():
@@ -430,26 +450,6 @@ def read_pretrained(source):
             if not weight.isfinite().all():
                 stop(f"The weight {name} of the backbone {source} has numbers that are not finite.")
     return config, weights
-
-
-def load_model(path, device):
-    """The model of a checkpoint that any of the scripts has written, in evaluation mode."""
-    checkpoint = read_checkpoint(path, device)
-    architecture = dict(checkpoint["architecture"])
-    blocks = [BlockConfig(**config) for config in architecture.pop("blocks")]
-    model = DecisionTransformer(blocks, **architecture).to(device)
-    model.load_state_dict(checkpoint["model"])
-    return model.eval()
-
-
-def read_checkpoint(path, device):
-    try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:
-        stop(f"{path} is missing or damaged ({first_line(error)}).")
-    if not isinstance(checkpoint, dict) or "architecture" not in checkpoint:
-        stop(f"{path} is no checkpoint of these scripts.")
-    return checkpoint
 
 
 # ==================================================================================================
@@ -491,30 +491,27 @@ def read_d4rl(path):
 
     [data/download_d4rl_datasets.py#L41]
     """
-    columns = {}
     with h5py.File(path) as file:
-        for name in ("observations", "actions", "rewards", "terminals", "timeouts"):
-            if name in file or name != "timeouts":
-                columns[name] = file[name][()]
-    if "timeouts" not in columns:  # as in D4RL's -v0 files
-        print(f"{path} has no timeouts: an episode ends where terminals are set, and only there.")
-        columns["timeouts"] = np.zeros_like(columns["terminals"])
-    if len({column.shape[:1] for column in columns.values()}) > 1:
-        stop(f"The columns of {path} differ in length.")
-    for name in ("terminals", "timeouts"):
-        if columns[name].ndim != 1 or columns[name].dtype.kind not in "biuf":
+        observations = file["observations"][()]
+        actions = file["actions"][()]
+        rewards = file["rewards"][()]
+        terminals = file["terminals"][()]  # the policy failed
+        if "timeouts" in file:
+            timeouts = file["timeouts"][()]  # the time was up
+        else:  # as in D4RL's -v0 files
+            print(f"{path} has no timeouts: an episode ends where terminals are set, only there.")
+            timeouts = np.zeros_like(terminals)
+    for name, column in (("terminals", terminals), ("timeouts", timeouts)):
+        if column.ndim != 1 or column.dtype.kind not in "biuf":  # booleans or numbers
             stop(f"The {name} of {path} are not one yes or no a step.")
-    # An episode ends where the policy failed (terminal), or where its time was up (timeout).
-    ends = np.flatnonzero(columns["terminals"].astype(bool) | columns["timeouts"].astype(bool)) + 1
+    if not len(observations) == len(actions) == len(rewards) == len(terminals) == len(timeouts):
+        stop(f"The columns of {path} differ in length.")
     episodes = []
-    for start, end in zip([0, *ends[:-1]], ends):
-        episodes.append(
-            Episode(
-                columns["observations"][start:end],
-                columns["actions"][start:end],
-                columns["rewards"][start:end],
-            )
-        )
+    start = 0
+    for last_step in np.flatnonzero(terminals.astype(bool) | timeouts.astype(bool)):
+        steps = slice(start, last_step + 1)
+        episodes.append(Episode(observations[steps], actions[steps], rewards[steps]))
+        start = last_step + 1
     return episodes
 
 
@@ -551,7 +548,6 @@ def load_episodes(args, env):
 
     All are kept. The released code drops the one of lowest return by a `<`. [experiment.py#L172]
     """
-    name = f"--dataset {args.dataset}"
     advice = (
         "it takes a D4RL file, or a folder or id of Minari, which is looked for under "
         "MINARI_DATASETS_PATH and on its server; or try --sample"
@@ -564,8 +560,14 @@ def load_episodes(args, env):
             advice = f"if a download was cut, delete {folder} and start again"
             episodes = read_minari(folder, args.env)
     except Exception as error:
-        stop(f"{name} cannot be read ({first_line(error)}): {advice}.")
+        stop(f"--dataset {args.dataset} cannot be read ({first_line(error)}): {advice}.")
+    check_episodes(episodes, args, env)
+    return episodes
 
+
+def check_episodes(episodes, args, env):
+    """Stop with a sentence if training on these episodes would fail, or would make no sense."""
+    name = f"--dataset {args.dataset}"
     if not episodes:
         stop(f"{name} has no episode.")
     state_shape = env.single_observation_space.shape
@@ -595,7 +597,6 @@ def load_episodes(args, env):
     longest = max(len(episode.rewards) for episode in episodes)
     if args.context_length > longest:
         stop(f"--context-length {args.context_length} is beyond the longest episode, {longest}.")
-    return episodes
 
 
 class OfflineData:
@@ -610,12 +611,11 @@ class OfflineData:
         # What is constant in the data need not be so in the environment: divided by 1e-6, as the
         # released code does, it would be huge. Hopper, HalfCheetah and Walker2d have no such state.
         std[std < 2e-6] = 1
-        returns_to_go = []
-        for episode in episodes:
-            rewards = episode.rewards.astype(np.float64)
-            returns_to_go.append(rewards[::-1].cumsum()[::-1])  # undiscounted
-        returns_to_go = np.concatenate(returns_to_go) / RETURN_SCALE
+        # The return-to-go of a step is the undiscounted sum of its reward and of all later ones.
+        rewards = [episode.rewards.astype(np.float64) for episode in episodes]
+        returns_to_go = np.concatenate([column[::-1].cumsum()[::-1] for column in rewards])
         timesteps = np.concatenate([np.arange(length) for length in lengths])
+        # Of each transition, the index behind the last one of its episode.
         episode_ends = np.repeat(np.cumsum(lengths), lengths)
 
         def float_tensor(values):
@@ -625,10 +625,9 @@ class OfflineData:
         self.state_std = float_tensor(std)  # [state_dim]
         self.states = float_tensor((observations - mean) / std)  # [N, state_dim]
         self.actions = float_tensor(actions)  # [N, act_dim]
-        self.returns_to_go = float_tensor(returns_to_go[:, None])  # [N, 1]
+        self.returns_to_go = float_tensor(returns_to_go[:, None] / RETURN_SCALE)  # [N, 1]
         self.timesteps = torch.as_tensor(timesteps, device=device)  # [N]
-        # [N], of each transition the index behind the last one of its episode
-        self.episode_ends = torch.as_tensor(episode_ends, device=device)
+        self.episode_ends = torch.as_tensor(episode_ends, device=device)  # [N]
 
     def windows(self, starts, context_length):
         """The Windows of K steps from the transitions `starts` [batch] on, by an index lookup.
@@ -711,7 +710,7 @@ def evaluate(model, env, state_mean, state_std, args):
     for t in tqdm(range(horizon), desc="evaluation", unit="step", leave=False):
         observations = torch.as_tensor(observations, dtype=torch.float32, device=device)
         states[:, t] = (observations - state_mean) / state_std
-        rows = torch.as_tensor(np.flatnonzero(running), device=device)  # episodes still to play
+        rows = torch.as_tensor(np.flatnonzero(running), device=device)  # episodes not yet over
         context = slice(max(0, t - args.context_length + 1), t + 1)
         with autocast(args, device):
             predicted = model(
@@ -726,6 +725,7 @@ def evaluate(model, env, state_mean, state_std, args):
         observations, rewards, terminated, truncated, _ = env.step(actions[:, t].cpu().numpy())
         episode_returns += rewards * running
         episode_lengths += running
+        # What has been received need not be asked for again.
         scaled_rewards = torch.as_tensor(np.float32(rewards / RETURN_SCALE), device=device)
         returns_to_go[:, t + 1, 0] = returns_to_go[:, t, 0] - scaled_rewards
         running &= ~(terminated | truncated)
@@ -883,7 +883,7 @@ def train(args, folder, backbone, device):
         records = checkpoint["records"]
         history = checkpoint["history"]
 
-    # Compile it for a GPU, and train it by several processes, without touching its parameters.
+    # `trained_model` has the parameters of `model`, compiled for a GPU, or shared by processes.
     trained_model = model
     if args.compile:
         trained_model = torch.compile(trained_model, mode="reduce-overhead")  # CUDA graphs
@@ -928,8 +928,9 @@ def train(args, folder, backbone, device):
             with autocast(args, device):
                 loss, saturated_fraction = training_loss(trained_model, windows)
             loss.backward()
-            # Shorten the gradient of all parameters together; this is its norm before that.
-            # [decision_transformer/training/seq_trainer.py#L84]
+            # Here the gradient is clipped. Taken as one vector over all parameters, it is shortened
+            # to max_grad_norm if it is longer; its direction stays. The norm returned is the one
+            # before that. [decision_transformer/training/seq_trainer.py#L84]
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
             optimizer.step()
             scheduler.step()
@@ -1027,10 +1028,9 @@ def plot_learning_curve(run):
 
 def capture_video(checkpoint_path, gif_path, args, device):
     """Play the first evaluation episode with the model of a checkpoint and keep it as a GIF."""
-    if sys.platform == "linux" and not {"MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY"} & set(
-        os.environ
-    ):
-        os.environ["MUJOCO_GL"] = "egl"  # needs no screen
+    has_screen = "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
+    if sys.platform == "linux" and not has_screen:
+        os.environ.setdefault("MUJOCO_GL", "egl")
     checkpoint = read_checkpoint(checkpoint_path, device)
     model = load_model(checkpoint_path, device)
     env = make_env(args, 1, render_mode="rgb_array_list", width=240, height=240)
@@ -1104,7 +1104,7 @@ def complete_arguments(args):
     if args.target_return is None:
         args.target_return = task.target_return
     if args.run_name is None:
-        backbone_name = Path(args.backbone or "study").name
+        backbone_name = Path(args.backbone or "study").name  # a study has several
         name = f"{args.env}__{SCRIPT}__{backbone_name}__{args.seed}__{int(time.time())}"
         args.run_name = re.sub(r"[^\w.-]+", "-", name)  # an environment may have a / or a :
     if not re.fullmatch(r"\w[\w. -]*", args.run_name):
@@ -1167,6 +1167,26 @@ def save_summary(folder, args, backbone, records, history):
 def save_checkpoint(path, checkpoint):
     with replacing(path) as temporary:
         torch.save(checkpoint, temporary)
+
+
+def load_model(path, device):
+    """The model of a checkpoint that any of the scripts has written, in evaluation mode."""
+    checkpoint = read_checkpoint(path, device)
+    architecture = dict(checkpoint["architecture"])
+    blocks = [BlockConfig(**config) for config in architecture.pop("blocks")]
+    model = DecisionTransformer(blocks, **architecture).to(device)
+    model.load_state_dict(checkpoint["model"])
+    return model.eval()
+
+
+def read_checkpoint(path, device):
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        stop(f"{path} is missing or damaged ({first_line(error)}).")
+    if not isinstance(checkpoint, dict) or "architecture" not in checkpoint:
+        stop(f"{path} is no checkpoint of these scripts.")
+    return checkpoint
 
 
 def save_figure(figure, path, step):
