@@ -385,10 +385,12 @@ def load_backbone(args):
 
 def random_backbone(args):
     """A random Transformer of GPT-2 small's size, or of the bundled GPT-2's."""
+    num_blocks = 4 if args.sample else 12
+    num_heads = 4 if args.sample else 12
     width = 128 if args.sample else 768
     block = BlockConfig(
         n_embd=width,
-        n_head=4 if args.sample else 12,
+        n_head=num_heads,
         n_inner=4 * width,
         activation="gelu_new",
         dropout=args.dropout,
@@ -397,7 +399,7 @@ def random_backbone(args):
         # The paper's control is not GPT-2's architecture. [experiment.py#L469]
         block = replace(block, n_head=1, activation="relu")
     return Backbone(
-        blocks=[block] * (4 if args.sample else 12),
+        blocks=[block] * num_blocks,
         final_norm="layernorm",
         weights={},
         pretrained=False,

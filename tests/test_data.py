@@ -278,7 +278,7 @@ def test_zero_length_episode_is_refused(minari_copy, capsys):
         (dict(actions=np.zeros(11)), "shape"),
         (dict(observations=np.zeros((11, 11, 2))), "shape"),
         (dict(rewards=np.zeros((11, 2))), "shape"),
-        (dict(terminals=np.float64(3)), "length"),
+        (dict(terminals=np.float64(3)), "yes or no"),
         (dict(terminals=np.full(11, b"no")), "yes or no"),
         (dict(timeouts=np.full((11, 1), True)), "yes or no"),
         (dict(actions=np.full((11, 3), 5.0)), "beyond -1 to 1"),

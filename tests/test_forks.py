@@ -33,7 +33,10 @@ FORKS = {
         ),
     ],
     "another activation": [
-        ('        activation = "relu"\n', '        activation = "gelu"\n'),
+        (
+            '        block = replace(block, n_head=1, activation="relu")\n',
+            '        block = replace(block, n_head=1, activation="gelu")\n',
+        ),
     ],
     "another loss": [
         (
@@ -49,8 +52,8 @@ FORKS = {
     ],
     "three blocks": [
         (
-            "    n_layer, n_embd, n_head = (4, 128, 4) if args.sample else (12, 768, 12)\n",
-            "    n_layer, n_embd, n_head = (3, 128, 4) if args.sample else (12, 768, 12)\n",
+            "    num_blocks = 4 if args.sample else 12\n",
+            "    num_blocks = 3\n",
         ),
     ],
 }
