@@ -104,3 +104,11 @@ def test_a_fork_is_at_most_five_lines_and_does_what_it_is_for(name, original, tm
     else:
         assert after["return_mean"] == before["return_mean"]  # the same model, trained otherwise
         assert summary["epochs"][1]["return_mean"] != original["epochs"][1]["return_mean"]
+
+
+@pytest.mark.parametrize("name", FORKS)
+def test_the_readme_shows_the_same_lines(name):
+    shown = (ROOT / "README.md").read_text().splitlines()
+    for old, new in FORKS[name]:
+        for sign, lines in (("-", old), ("+", new)):
+            assert all(sign + line in shown for line in lines.splitlines())
