@@ -225,6 +225,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x):
+        # x itself runs through unchanged; each branch reads a normalized copy and adds to it.
         x = x + self.attn(self.ln_1(x))
         x = x + self.mlp(self.ln_2(x))
         return x
@@ -290,7 +291,8 @@ class DecisionTransformer(nn.Module):
         for block in self.transformer.h:
             x = block(x)
         x = self.transformer.ln_f(x)
-        at_states = x[:, 1::3]  # the token of s_t predicts a_t: [batch, K, width]
+        # The token of s_t predicts a_t: it has seen R_t and s_t, but not a_t itself.
+        at_states = x[:, 1::3]  # [batch, K, width]
         # Not in bf16, where the tanh is flat beyond 3.6 and passes no gradient.
         with torch.autocast(states.device.type, enabled=False):
             # The action head is the embedding's matrix [width, act_dim] again, without a bias:
@@ -469,7 +471,7 @@ TASKS = {
     "HalfCheetah": Task("mujoco/halfcheetah/medium-v0", 6000, -280.178953, 12135.0),
     "Walker2d": Task("mujoco/walker2d/medium-v0", 5000, 1.629008, 4592.3),
 }
-RETURN_SCALE = 1000  # returns-to-go are divided by this before they enter the model
+RETURN_SCALE = 1000  # returns-to-go are divided by this, so that the model sees a few units
 
 
 class Episode(NamedTuple):
@@ -494,7 +496,7 @@ def read_d4rl(path):
     [data/download_d4rl_datasets.py#L41]
     """
     with h5py.File(path) as file:
-        observations = file["observations"][()]
+        observations = file["observations"][()]  # all of it
         actions = file["actions"][()]
         rewards = file["rewards"][()]
         terminals = file["terminals"][()]  # the policy failed
@@ -659,6 +661,7 @@ warnings.filterwarnings("ignore", message=".*is out of date.*")
 def make_env(args, num_copies, **options):
     """A gymnasium vector environment of `num_copies` copies of `args.env`."""
     try:
+        # In one process: a step of MuJoCo takes less time than to pass it to another.
         env = gym.make_vec(args.env, num_copies, vectorization_mode="sync", **options)
     except Exception as error:
         stop(f"The environment {args.env} cannot be made ({first_line(error)}).")
@@ -700,6 +703,7 @@ def evaluate(model, env, state_mean, state_std, args):
     returns_to_go = torch.zeros(num_episodes, horizon + 1, 1, device=device)
     states = torch.zeros(num_episodes, horizon, state_dim, device=device)
     actions = torch.zeros(num_episodes, horizon, act_dim, device=device)  # a_t is 0 until predicted
+    # Where an episode outlasts the embedded time steps, the last is repeated.
     timesteps = torch.arange(horizon, device=device)
     timesteps = timesteps.clamp(max=model.embed_timestep.num_embeddings - 1)
     timesteps = timesteps.expand(num_episodes, -1)
@@ -911,7 +915,8 @@ def train(args, folder, backbone, device):
         # that was interrupted gives the numbers of one that was not.
         rng = np.random.default_rng([args.seed, epoch, RANK])
         torch.manual_seed(int(rng.integers(2**60)))  # for dropout
-        # A start drawn from all transitions: the longer the episode, the likelier.
+        # Starts are drawn from all transitions, which is what the released code does in two steps:
+        # an episode in proportion to its length, then a start in it. [experiment.py#L191]
         size = (num_steps, args.batch_size // WORLD_SIZE)
         epoch_starts = torch.as_tensor(rng.integers(len(data.states), size=size), device=device)
         metrics = torch.zeros(num_steps, len(METRICS), device=device)
@@ -1183,6 +1188,7 @@ def load_model(path, device):
 
 def read_checkpoint(path, device):
     try:
+        # weights_only: a checkpoint is data, and must not be able to run code.
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
         stop(f"{path} is missing or damaged ({first_line(error)}).")
