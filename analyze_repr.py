@@ -1875,6 +1875,7 @@ if __name__ == "__main__":
     data = OfflineData(load_episodes(data_args, make_env(data_args, 1)), device)
     K = run_args["context_length"]
     cka_windows, mine_windows = choose_windows(data, K, args)
+    # The steps at which information is estimated: evenly spaced, the last one among them.
     num_steps = min(args.mine_steps or K, K)
     steps = sorted({round(step) for step in np.linspace(K - 1, 0, num_steps)})
 
