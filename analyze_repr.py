@@ -1074,7 +1074,10 @@ def choose_windows(data, context_length, args):
 
     def draw(allowed, count):
         if allowed.sum() < count:
-            stop(f"There are {allowed.sum()} whole windows, not {count}: lower --mine-windows.")
+            stop(
+                f"There are {allowed.sum()} whole windows, not {count}: lower --mine-windows or "
+                "--cka-windows."
+            )
         return torch.as_tensor(rng.choice(starts[allowed], count, replace=False))
 
     for_cka = draw(is_whole, args.cka_windows)
@@ -1647,6 +1650,8 @@ def stop(message, status=2):
     """End the program with one sentence about something that the user can put right."""
     if RANK == 0:
         tqdm.write(message, file=sys.stderr)  # on a line of its own, also beside a progress bar
+    elif status == 2:
+        time.sleep(30)  # torchrun ends all processes with the first that ends: let rank 0 speak
     raise SystemExit(status)
 
 

@@ -1365,6 +1365,8 @@ def stop(message, status=2):
     """End the program with one sentence about something that the user can put right."""
     if RANK == 0:
         tqdm.write(message, file=sys.stderr)  # on a line of its own, also beside a progress bar
+    elif status == 2:
+        time.sleep(30)  # torchrun ends all processes with the first that ends: let rank 0 speak
     raise SystemExit(status)
 
 

@@ -358,7 +358,9 @@ def test_a_dependent_representation_is_told_from_its_control():
     x = torch.randn(2, 800, 4, generator=generator)
     t = torch.randn(2, 800, 6, generator=generator)
     t[1, :, :4] = x[1] * 5
-    rows = ar.estimate(x, t, args, CPU, of="I(X;T)") + ar.estimate_control(x, t, args, CPU)
+    about = {"of": "I(X;T)"}
+    rows = ar.estimate(about, x, t, args, CPU) + ar.estimate_control(about, x, t, args, CPU)
+    assert all(row["of"] == "I(X;T)" for row in rows)
     assert [row["control"] for row in rows] == [False, False, True]
     assert abs(rows[0]["held_out"]) < 0.2 and rows[1]["held_out"] > 1
     assert abs(rows[2]["held_out"]) < 0.2
@@ -369,7 +371,7 @@ def test_data_is_shuffled_within_the_halves(monkeypatch):
     seen = []
     monkeypatch.setattr(ar, "mine", lambda x, t, *rest: seen.append(x) or (torch.zeros(1),) * 2)
     x = torch.arange(80.0)[None, :, None]
-    ar.estimate_control(x, x, ar.Args(), CPU)
+    ar.estimate_control({}, x, x, ar.Args(), CPU)
     shuffled = seen[0][0]
     assert torch.equal(shuffled[:40].sort(0).values, x[0, :40])
     assert torch.equal(shuffled[40:].sort(0).values, x[0, 40:])
@@ -383,8 +385,8 @@ def test_windows_are_whole_and_the_held_out_ones_from_other_episodes(capsys):
     args = ar.Args(cka_windows=100, mine_windows=500)
     chosen = ar.choose_windows(data, 20, args)
     assert all(part.valid.all() for part in chosen)
-    assert [len(starts) for starts in seen] == [100, 500, 500]
-    training, held_out = seen[1:]
+    assert [len(starts) for starts in seen] == [100, 1000]
+    training, held_out = seen[1].split(500)
     episodes = [{*data.episode_ends[starts].tolist()} for starts in (training, held_out)]
     assert not episodes[0] & episodes[1]
     assert len(torch.cat([training, held_out]).unique()) == 1000
@@ -469,7 +471,7 @@ def test_before_and_after_are_compared_at_the_right_tokens(run_script, tmp_path)
     assert run_script(SCRIPT, *finished).status == 0
     results = json.loads((tmp_path / "runs" / "b" / "results.json").read_text())
     args = ar.Args(mine_windows=0)
-    windows, _, _ = ar.choose_windows(model_and_data("random")[1], 20, args)
+    windows, _ = ar.choose_windows(model_and_data("random")[1], 20, args)
     models = [ar.load_model(folder / f"epoch_{epoch}.pt", "cpu") for epoch in (0, 1)]
     for row, position in zip(results["cka"], (57, 58, 59)):  # return, state, action
         x, y = (ar.activations(model, windows, ["2.ln_2"], [position]) for model in models)

@@ -176,8 +176,19 @@ def test_two_processes_train_one_model(tmp_path):
     assert records[2]["step"] == 80 and 0 < records[2]["loss"] < 2
 
 
+SLOW_FIRST_PROCESS = """
+import os, runpy, sys, time
+if os.environ["RANK"] == "0":
+    time.sleep(3)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_what_processes_cannot_share_is_said_once(tmp_path):
-    program = (*TORCHRUN, "dt_pretrained.py")
+    """Also where the process that says it is the last to know."""
+    (tmp_path / "slow.py").write_text(SLOW_FIRST_PROCESS)
+    program = (*TORCHRUN, str(tmp_path / "slow.py"), "dt_pretrained.py")
     process = start(tmp_path, *TINY, "--batch-size", "3", program=program)
     _, err = process.communicate(timeout=300)
     assert process.returncode != 0 and err.count("--batch-size 3 cannot be shared evenly by 2") == 1
