@@ -2,7 +2,7 @@
 
     python tests/tools/plot_runs.py runs/ONE runs/ANOTHER --title "..." --output figure.png
 
-The first run is grey, the others have colours; the legend is the folders' names.
+Of several runs the first is grey, the others have colours; the legend is the folders' names.
 """
 
 import json
@@ -36,8 +36,9 @@ class Args:
 def plot_runs(folders, title):
     figure = Figure(figsize=(18, 3.8), layout="constrained")
     figure.suptitle(title)
+    colors = COLORS if len(folders) > 1 else COLORS[1:]
     for axes, (name, label) in zip(figure.subplots(1, len(PANELS)), PANELS.items()):
-        for folder, color in zip(folders, COLORS):
+        for folder, color in zip(folders, colors):
             summary = json.loads((folder / "summary.json").read_text())
             per_epoch = name == "normalized_score"
             lines = summary["epochs"] if per_epoch else summary["history"]
