@@ -1545,6 +1545,7 @@ def plot_heat_maps(runs, grams_before, grams_after, token):
 
 
 def mine_figure(run, args, subject, width, height):
+    """An empty figure that says how MINE was run."""
     windows = read_off(args).replace("_", "-")
     settings = f"MINE, {args.mine_windows} {windows} windows, {args.mine_passes} passes"
     K = run.args["context_length"]
@@ -1568,7 +1569,7 @@ def plot_information_with_context(runs, information, steps, args):
                     values = [row[read_off(args)] for row in rows]
                     label = f"{run_name(run)}, {token}"
                     axes.plot(
-                        positions[: len(values)],
+                        positions[: len(values)],  # there is none for a_K
                         values,
                         color=color,
                         marker=marker,
