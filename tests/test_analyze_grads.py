@@ -280,3 +280,27 @@ def test_analyse_earlier_runs(run_script, tmp_path):
 )
 def test_bad_input_ends_with_one_sentence(arguments, said, run_script):
     assert_one_sentence(run_script(SCRIPT, *SIZE, *arguments), *said)
+
+
+def test_bars_stand_at_their_parameter_sets():
+    """In the order of the network; a set that a model lacks leaves its place empty."""
+    results = []
+    for backbone in ("gpt2", "igpt"):
+        model = make_model(ag, backbone)
+        names = [name for name, _ in model.transformer.h.named_parameters()]
+        args = {"backbone": backbone, "max_grad_norm": 0.25, "seed": 1, "context_length": 20}
+        args |= {"env": "Hopper-v4", "sample": True}
+        # Each set has a value of its own, the same in both models.
+        sets = {name: {"norm": 1 + sum(map(ord, name)) / 1000} for name in names}
+        results.append({"run": backbone, "args": args, "sets": sets})
+    every_name = list(results[0]["sets"])  # GPT-2 has them all
+    (axes,) = ag.plot_sets(results, {"norm": "norm"}, "test").axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == every_name
+    for result, bars in zip(results, axes.containers):
+        shown = {}
+        for bar in bars:
+            if np.isfinite(bar.get_height()):
+                tick = round(bar.get_x() + bar.get_width() / 2)
+                shown[every_name[tick]] = {"norm": bar.get_height()}
+        assert shown == result["sets"]
+    assert len(results[1]["sets"]) < len(every_name)
