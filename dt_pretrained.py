@@ -16,12 +16,14 @@ SPDX-License-Identifier: MIT
 import json
 import math
 import os
-import re
+
+os.environ["MPLBACKEND"] = "agg"  # notebooks set one that need not be there
+import signal
 import sys
 import time
 import warnings
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -32,18 +34,26 @@ import imageio.v3 as imageio
 import minari
 import mujoco
 import numpy as np
+import pandas as pd
+import seaborn as sns
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from matplotlib.figure import Figure
+from minari.storage import get_dataset_path
+from pydantic import (
+    Field,
+    FiniteFloat,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
+from pydantic.dataclasses import dataclass
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-SCRIPT = Path(__file__).stem
 ASSETS = Path(__file__).resolve().parent / "tests" / "assets"
-RANK = int(os.environ.get("RANK", 0))  # set by torchrun, as is WORLD_SIZE
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
 # ==================================================================================================
@@ -63,46 +73,50 @@ class Args:
     """bundled data and small backbones, and sizes for two CPU cores where none are given"""
 
     # Model
-    context_length: int = 20
+    context_length: PositiveInt = 20
     """K, the number of time steps that the model sees"""
-    dropout: float = 0.2
+    dropout: float = Field(0.2, ge=0, lt=1)
     """on the residual branches; on attention weights and the backbone's input it is at most 0.1"""
-    head_std: float | None = None
-    """standard deviation of the initial action embedding, which is the action head too; by default
+    head_std: PositiveFloat | None = None
+    """standard deviation of the initial action embedding, which is the action head too; None is
     nn.Linear's, as in the paper, with which the tanh of the actions starts saturated (try 0.02)"""
+    return_scale: PositiveFloat = 1000
+    """returns-to-go are divided by this: take about the size of a return of your data"""
 
     # Optimization
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """windows per training step, of all processes together"""
-    learning_rate: float = 1e-4
+    learning_rate: PositiveFloat = 1e-4
     """of AdamW, after the warm-up"""
-    weight_decay: float = 1e-4
+    weight_decay: NonNegativeFloat = 1e-4
     """of AdamW, on all parameters"""
-    warmup_steps: int = 5000
+    warmup_steps: NonNegativeInt = 5000
     """training steps over which the learning rate rises linearly"""
-    max_grad_norm: float = 0.25
-    """gradients longer than this are shortened to it; 0 switches clipping off (App. G.3)"""
-    num_epochs: int = 40
+    max_grad_norm: PositiveFloat = 0.25
+    """gradients longer than this are shortened to it; inf switches clipping off (App. G.3)"""
+    num_epochs: PositiveInt = 40
     """epochs, each followed by an evaluation"""
-    steps_per_epoch: int = 2500
+    steps_per_epoch: PositiveInt = 2500
     """training steps per epoch"""
 
     # Evaluation
-    num_eval_episodes: int = 100
+    num_eval_episodes: PositiveInt = 100
     """episodes per evaluation"""
-    target_return: float | None = None
+    target_return: FiniteFloat | None = None
     """return to ask for; by default Hopper 3600, HalfCheetah 6000, Walker2d 5000"""
 
     # Run
-    seed: int = 666
+    seed: NonNegativeInt = 666
     """fixes initial weights, windows, dropout and evaluation episodes"""
-    device: str = "auto"
-    """auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, mps"""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """of matrix products, weights are always float32; auto is bf16 where that is fast"""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """cpu, cuda, cuda:1, mps"""
+    precision: Literal["bf16", "fp32"] = (
+        "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    )
+    """of matrix products; weights are always float32"""
     compile: bool = torch.cuda.is_available()
     """torch.compile the model"""
-    save_epochs: tuple[int, ...] = (0, 1, 4)
+    save_epochs: tuple[NonNegativeInt, ...] = (0, 1, 4)
     """epochs whose model is kept, 0 being before training; the last is always kept"""
     capture_video: bool = False
     """record an episode of the best and of the last model, as best.gif and last.gif"""
@@ -110,10 +124,12 @@ class Args:
     """folder under runs/; the same command with the same name goes on where the run stopped"""
 
 
-# What --sample changes where nothing else is given; models that small need no dropout.
+# What --sample changes where nothing else is given. Models that small need no dropout; and with
+# the paper's head (--head-std None) they would sit with saturated actions for most of the minute.
 SAMPLE = Args(
     sample=True,
     dropout=0.0,
+    head_std=0.02,
     batch_size=8,
     learning_rate=1e-3,
     warmup_steps=700,
@@ -121,7 +137,6 @@ SAMPLE = Args(
     steps_per_epoch=700,
     num_eval_episodes=8,
 )
-MAY_DIFFER = {"num_epochs", "save_epochs", "capture_video"}  # when a run is gone on with
 
 
 # ==================================================================================================
@@ -248,6 +263,9 @@ class DecisionTransformer(nn.Module):
             "act_dim": act_dim,
             "max_timestep": max_timestep,
         }
+        # Mean and deviation of the data's states, so that a checkpoint can be played without them.
+        self.register_buffer("state_mean", torch.zeros(state_dim))
+        self.register_buffer("state_std", torch.ones(state_dim))
         self.embed_timestep = nn.Embedding(max_timestep, width)
         self.embed_return = nn.Linear(1, width)
         self.embed_state = nn.Linear(state_dim, width)
@@ -321,139 +339,81 @@ class Backbone(NamedTuple):
     blocks: list[BlockConfig]
     final_norm: str
     weights: dict[str, torch.Tensor]  # by their names under model.transformer; none if random
-    pretrained: bool
-    source: str
 
 
 def load_backbone(args):
     """The Backbone that `args.backbone` names, downloaded if it is a hub id that is not cached."""
     if args.backbone in ("random", "random-gpt2"):
-        return random_backbone(args)
+        width = 128 if args.sample else 768  # the bundled GPT-2's size, or GPT-2 small's
+        num_blocks = 4 if args.sample else 12
+        block = BlockConfig(width, num_blocks, 4 * width, "gelu_new", dropout=args.dropout)
+        if args.backbone == "random":
+            # The paper's control is not GPT-2's architecture. [experiment.py#L469]
+            block = replace(block, n_head=1, activation="relu")
+        return Backbone([block] * num_blocks, "layernorm", weights={})
+
+    source = HUB_IDS.get(args.backbone, args.backbone)
     if args.sample and args.backbone in BUNDLED:
         source = str(ASSETS / BUNDLED[args.backbone])
-    elif args.backbone == "markov":
-        stop(
-            "markov is bundled for --sample only: make a larger one with "
-            "tests/tools/build_assets.py --what markov and give its folder."
-        )
-    else:
-        source = HUB_IDS.get(args.backbone, args.backbone)
-
-    config, weights = read_pretrained(source)
-    # Everything about the architecture comes from the checkpoint, but for the dropout.
-    layer_norm = "rmsnorm" if config.model_type == "imagegpt" else "layernorm"
+    theirs, block = read_pretrained(source, args.dropout)
     if args.backbone == "igpt-as-gpt2":
         # The released code puts ImageGPT's weights into GPT-2's blocks, whose LayerNorm subtracts
         # the mean and adds a bias, new and zero.
         # [decision_transformer/models/decision_transformer.py#L46]
-        layer_norm = "layernorm"
-    block = BlockConfig(
-        n_embd=config.n_embd,
-        n_head=config.n_head,
-        n_inner=config.n_inner or 4 * config.n_embd,
-        activation=config.activation_function,
-        layer_norm=layer_norm,
-        epsilon=config.layer_norm_epsilon,
-        dropout=args.dropout,
-    )
-    return Backbone(
-        blocks=[block] * config.n_layer,
-        final_norm=layer_norm,
-        weights=weights,
-        pretrained=True,
-        source=source,
-    )
+        block = replace(block, layer_norm="layernorm")
+    weights = theirs.state_dict()
+    for name in ("wte.weight", "wpe.weight"):  # word and position embeddings are not used
+        del weights[name]
+    return Backbone([block] * len(theirs.h), block.layer_norm, weights)
 
 
-def random_backbone(args):
-    """A random Transformer of GPT-2 small's size, or of the bundled GPT-2's."""
-    num_blocks = 4 if args.sample else 12
-    num_heads = 4 if args.sample else 12
-    width = 128 if args.sample else 768
-    block = BlockConfig(
-        n_embd=width,
-        n_head=num_heads,
-        n_inner=4 * width,
-        activation="gelu_new",
-        dropout=args.dropout,
-    )
-    if args.backbone == "random":
-        # The paper's control is not GPT-2's architecture. [experiment.py#L469]
-        block = replace(block, n_head=1, activation="relu")
-    return Backbone(
-        blocks=[block] * num_blocks,
-        final_norm="layernorm",
-        weights={},
-        pretrained=False,
-        source=f"seed {args.seed}",
-    )
+@torch.no_grad()
+def read_pretrained(source, dropout):
+    """transformers' own model of a GPT-2 or ImageGPT (a folder or hub id), and its BlockConfig.
 
-
-def read_pretrained(source):
-    """Configuration and weights of a GPT-2 or ImageGPT in a folder, in the hub's cache, on the hub.
-
-    Word and position embeddings are left out. transformers only reads the file: the model that is
-    trained is the one above, which the tests hold against transformers' own.
+    Everything about the architecture comes from the checkpoint, but for the dropout. On every start
+    from a checkpoint transformers' model and our blocks are shown the same random embeddings, and
+    must give the same output: whatever this checkpoint computes and our blocks do not, shows here.
     """
-    # transformers would ask the hub to convert a checkpoint that is kept as .bin.
-    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # asks the hub to convert a .bin
     import transformers  # here, because it takes seconds and random weights do not need it
-    from huggingface_hub.constants import HF_HUB_CACHE
 
     transformers.logging.set_verbosity_error()
-    model_classes = {"gpt2": transformers.GPT2Model, "imagegpt": transformers.ImageGPTModel}
-    hint = (
-        f"--backbone takes {', '.join(HUB_IDS)}, random, random-gpt2, or the hub id or folder of a "
-        "GPT-2 or ImageGPT; or try --sample"
-    )
-    cache = Path(HF_HUB_CACHE) / f"models--{source.replace('/', '--')}"
-    if cache.exists() and not Path(source).exists():
-        hint = f"if a download was cut or damaged, delete {cache} and start again"
-    try:
-        config = transformers.AutoConfig.from_pretrained(source)
-    except Exception as error:
-        stop(f"The backbone {source} cannot be loaded ({first_line(error)}): {hint}.")
-    if config.model_type not in model_classes:
-        stop(f"The backbone {source} is a {config.model_type}: {hint}.")
-    if config.activation_function not in ACTIVATIONS:
-        stop(f"The activation {config.activation_function} of {source} is none of ACTIVATIONS.")
-    if config.add_cross_attention:
-        stop(f"The backbone {source} has cross-attention, which is not implemented here.")
-    if not config.scale_attn_weights or config.scale_attn_by_inverse_layer_idx:
-        stop(f"The backbone {source} scales its attention in a way that is not implemented here.")
-    if config.n_head < 1 or config.n_embd % config.n_head != 0:
-        stop(f"The backbone {source} has n_head {config.n_head} for n_embd {config.n_embd}.")
-
-    try:
-        model, report = model_classes[config.model_type].from_pretrained(
-            source,
-            config=config,
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are reported, and refused below
-            key_mapping={r"^(_orig_mod\.|module\.)+": ""},  # of torch.compile and DataParallel
+    # The configuration first: a Llama is refused before its 14 GB are fetched.
+    with explain(
+        f"--backbone {source} cannot be loaded; it takes {', '.join(HUB_IDS)}, random, random-gpt2 "
+        "or the hub id or folder of a GPT-2 or ImageGPT; --sample needs no network"
+    ):
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+    if config.model_type not in ("gpt2", "imagegpt"):
+        sys.exit(f"--backbone {source} is a {config.model_type}, not a GPT-2 or ImageGPT.")
+    with explain(f"The weights of --backbone {source} cannot be loaded"):
+        theirs, report = transformers.AutoModel.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True
         )
-    except Exception as error:
-        stop(f"The backbone {source} cannot be loaded ({first_line(error)}): {hint}.")
-    bad_names = []
-    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        for name in map(str, report[kind]):  # of a mismatch, the name and both shapes
-            # Word embeddings and output heads are not used here, and may be anything.
-            is_used = "h." in name or "ln_f." in name
-            # Old checkpoints keep the causal mask of each block among their weights.
-            is_mask = name.endswith((".attn.bias", ".attn.masked_bias"))
-            if is_used and not is_mask:
-                bad_names.append(name)
-    if bad_names:
-        stop(f"In the backbone {source} these are missing, misshapen or unknown: {bad_names[:3]}.")
+    # transformers would draw them at random.
+    missing = [name for name in report["missing_keys"] if name.startswith(("h.", "ln_f."))]
+    if missing:
+        sys.exit(f"In --backbone {source} these weights are missing: {missing[:3]}.")
 
-    weights = {}
-    for name, weight in model.state_dict().items():
-        if not name.startswith(("wte.", "wpe.")):
-            weights[name] = weight
-            if not weight.isfinite().all():
-                stop(f"The weight {name} of the backbone {source} has numbers that are not finite.")
-    return config, weights
+    with explain(f"--backbone {source} does not compute what a GPT-2 or ImageGPT does"):
+        block = BlockConfig(
+            n_embd=config.n_embd,
+            n_head=config.n_head,
+            n_inner=config.n_inner or 4 * config.n_embd,
+            activation=config.activation_function,
+            layer_norm="rmsnorm" if config.model_type == "imagegpt" else "layernorm",
+            epsilon=config.layer_norm_epsilon,
+            dropout=dropout,
+        )
+        ours = nn.Sequential(*[Block(block) for _ in theirs.h]).eval()
+        ours.load_state_dict(theirs.h.state_dict())
+        theirs.wpe.weight.zero_()  # the position embedding, which is not used here
+        theirs.config.is_decoder = True  # without it transformers 5 gives ImageGPT no causal mask
+        x = torch.randn(1, 16, config.n_embd)  # [batch, tokens, width]
+        expected = theirs(inputs_embeds=x, use_cache=False).last_hidden_state
+        torch.testing.assert_close(theirs.ln_f(ours(x)), expected, rtol=1e-3, atol=1e-3)
+    return theirs, block
 
 
 # ==================================================================================================
@@ -471,7 +431,6 @@ TASKS = {
     "HalfCheetah": Task("mujoco/halfcheetah/medium-v0", 6000, -280.178953, 12135.0),
     "Walker2d": Task("mujoco/walker2d/medium-v0", 5000, 1.629008, 4592.3),
 }
-RETURN_SCALE = 1000  # returns-to-go are divided by this, so that the model sees a few units
 
 
 class Episode(NamedTuple):
@@ -496,117 +455,71 @@ def read_d4rl(path):
     [data/download_d4rl_datasets.py#L41]
     """
     with h5py.File(path) as file:
-        observations = file["observations"][()]  # all of it
-        actions = file["actions"][()]
-        rewards = file["rewards"][()]
-        terminals = file["terminals"][()]  # the policy failed
-        if "timeouts" in file:
-            timeouts = file["timeouts"][()]  # the time was up
-        else:  # as in D4RL's -v0 files
-            print(f"{path} has no timeouts: an episode ends where terminals are set, only there.")
-            timeouts = np.zeros_like(terminals)
-    for name, column in (("terminals", terminals), ("timeouts", timeouts)):
-        if column.ndim != 1 or column.dtype.kind not in "biuf":  # booleans or numbers
-            stop(f"The {name} of {path} are not one yes or no a step.")
-    if not len(observations) == len(actions) == len(rewards) == len(terminals) == len(timeouts):
-        stop(f"The columns of {path} differ in length.")
-    episodes = []
-    start = 0
-    for last_step in np.flatnonzero(terminals.astype(bool) | timeouts.astype(bool)):
-        steps = slice(start, last_step + 1)
-        episodes.append(Episode(observations[steps], actions[steps], rewards[steps]))
-        start = last_step + 1
-    return episodes
+        # An episode ends where the policy failed, or where the time was up.
+        is_last = file["terminals"][()].astype(bool) | file["timeouts"][()].astype(bool)
+        ends = np.flatnonzero(is_last) + 1
+        observations = np.split(file["observations"][()], ends)
+        actions = np.split(file["actions"][()], ends)
+        rewards = np.split(file["rewards"][()], ends)
+    return [Episode(observations[i], actions[i], rewards[i]) for i in range(len(ends))]
 
 
-def find_minari(dataset):
-    """The folder of a Minari data set: bundled, given as a path, or where Minari keeps it."""
-    for folder in (ASSETS / "minari" / dataset, Path(dataset)):
+def read_minari(dataset, env_id):
+    """The episodes of a Minari data set that was recorded in `env_id`, in any version of it.
+
+    `dataset` is a folder, or an id: bundled with --sample, kept by Minari, or else downloaded.
+    """
+    for root in (ASSETS / "minari", Path(), get_dataset_path()):
+        folder = root / dataset / "data"
         if folder.is_dir():
-            return folder
-    folder = minari.storage.get_dataset_path(dataset)
-    if not folder.exists():
+            break
+    else:
         minari.download_dataset(dataset)
-    return folder
-
-
-def read_minari(folder, env_id):
-    """The episodes of a Minari data set of the environment `env_id`, in any version."""
-    metadata = json.loads((folder / "data" / "metadata.json").read_text())
+    metadata = json.loads((folder / "metadata.json").read_text())
     # Without these Minari would make the environment that the file names: it would run code.
     if not metadata.get("observation_space") or not metadata.get("action_space"):
-        stop(f"{folder} does not say what its observations and actions are, and is not opened.")
-    recorded_in = json.loads(metadata.get("env_spec") or "{}").get("id", env_id)
-    if recorded_in.rsplit("-v", 1)[0] != env_id.rsplit("-v", 1)[0]:
-        stop(f"{folder} was recorded in {recorded_in}, not in {env_id}.")
+        sys.exit(f"{folder} does not say what its observations and actions are: it is not opened.")
+    # Minari keeps the name of an environment without the module that it came from.
+    env_id = env_id.split(":")[-1]
+    recorded_in = json.loads(metadata.get("env_spec") or "{}").get("id", env_id).split(":")[-1]
+    if recorded_in.split("-v")[0] != env_id.split("-v")[0]:
+        sys.exit(f"{folder} was recorded in {recorded_in}, not in {env_id}.")
+    if recorded_in != env_id:  # Hopper and HalfCheetah behave alike in -v4 and -v5, Walker2d not
+        print(f"The data were recorded in {recorded_in}, the model is evaluated in {env_id}.")
     episodes = []
-    for episode in minari.MinariDataset(folder / "data").iterate_episodes():
+    for episode in minari.MinariDataset(folder).iterate_episodes():
         # Minari also keeps the observation after the last action.
-        observations = episode.observations[: len(episode.actions)]
-        episodes.append(Episode(observations, episode.actions, episode.rewards))
+        episodes.append(Episode(episode.observations[:-1], episode.actions, episode.rewards))
     return episodes
 
 
 def load_episodes(args, env):
-    """The episodes of `args.dataset`, checked against the environment that they are meant for.
+    """The episodes of `args.dataset`, which must fit the environment.
 
     All are kept. The released code drops the one of lowest return by a `<`. [experiment.py#L172]
     """
-    advice = (
-        "it takes a D4RL file, or a folder or id of Minari, which is looked for under "
-        "MINARI_DATASETS_PATH and on its server; or try --sample"
-    )
-    try:
+    name = f"--dataset {args.dataset}"
+    with explain(
+        f"{name} is no D4RL file and no folder or id of Minari that can be read; if a download was "
+        f"cut, delete its folder under {get_dataset_path()}; --sample needs no network"
+    ):
         if Path(args.dataset).is_file():
             episodes = read_d4rl(args.dataset)
         else:
-            folder = find_minari(args.dataset)
-            advice = f"if a download was cut, delete {folder} and start again"
-            episodes = read_minari(folder, args.env)
-    except Exception as error:
-        stop(f"--dataset {args.dataset} cannot be read ({first_line(error)}): {advice}.")
-    check_episodes(episodes, args, env)
+            episodes = read_minari(args.dataset, args.env)
+    shapes = (episodes[0].observations.shape[1:], episodes[0].actions.shape[1:])
+    expected = (env.single_observation_space.shape, env.single_action_space.shape)
+    if shapes != expected:
+        sys.exit(f"{name} has observations and actions of shapes {shapes}, {args.env} {expected}.")
+    if max(np.abs(episode.actions).max() for episode in episodes) > 1.001:
+        sys.exit(f"{name} has actions beyond -1 to 1, which the model cannot predict.")
     return episodes
-
-
-def check_episodes(episodes, args, env):
-    """Stop with a sentence if training on these episodes would fail, or would make no sense."""
-    name = f"--dataset {args.dataset}"
-    if not episodes:
-        stop(f"{name} has no episode.")
-    state_shape = env.single_observation_space.shape
-    action_shape = env.single_action_space.shape
-    for episode in episodes:
-        length = len(episode.rewards)
-        if length == 0:
-            stop(f"{name} has an episode without a step.")
-        if len(episode.observations) != length or len(episode.actions) != length:
-            stop(f"{name} has an episode whose columns differ in length.")
-        if episode.observations.shape[1:] != state_shape:
-            found = episode.observations.shape[1:]
-            stop(f"{name} has observations of shape {found}, {args.env} has {state_shape}.")
-        if episode.actions.shape[1:] != action_shape:
-            stop(f"{name} has actions of shape {episode.actions.shape[1:]}, not {action_shape}.")
-        if episode.rewards.ndim != 1:
-            stop(f"{name} has rewards of shape {episode.rewards.shape[1:]}, not one number a step.")
-        for column in episode:
-            if column.dtype.kind not in "fiu":
-                stop(f"{name} holds {column.dtype} where numbers are expected.")
-            if not np.isfinite(column).all():
-                stop(f"{name} has numbers that are not finite.")
-        if np.abs(episode.actions).max() > 1.001:
-            stop(f"{name} has actions beyond -1 to 1, which the model cannot predict.")
-        if np.abs(episode.rewards.astype(np.float64)).sum() > 1e30:
-            stop(f"{name} has returns beyond 1e30.")
-    longest = max(len(episode.rewards) for episode in episodes)
-    if args.context_length > longest:
-        stop(f"--context-length {args.context_length} is beyond the longest episode, {longest}.")
 
 
 class OfflineData:
     """The N transitions of all episodes, one after the other, as tensors on the device."""
 
-    def __init__(self, episodes, device):
+    def __init__(self, episodes, args):
         lengths = [len(episode.rewards) for episode in episodes]
         observations = np.concatenate([episode.observations for episode in episodes])
         actions = np.concatenate([episode.actions for episode in episodes])
@@ -623,15 +536,15 @@ class OfflineData:
         episode_ends = np.repeat(np.cumsum(lengths), lengths)
 
         def float_tensor(values):
-            return torch.as_tensor(np.float32(values), device=device)
+            return torch.as_tensor(np.float32(values), device=args.device)
 
         self.state_mean = float_tensor(mean)  # [state_dim]
         self.state_std = float_tensor(std)  # [state_dim]
         self.states = float_tensor((observations - mean) / std)  # [N, state_dim]
         self.actions = float_tensor(actions)  # [N, act_dim]
-        self.returns_to_go = float_tensor(returns_to_go[:, None] / RETURN_SCALE)  # [N, 1]
-        self.timesteps = torch.as_tensor(timesteps, device=device)  # [N]
-        self.episode_ends = torch.as_tensor(episode_ends, device=device)  # [N]
+        self.returns_to_go = float_tensor(returns_to_go[:, None] / args.return_scale)  # [N, 1]
+        self.timesteps = torch.as_tensor(timesteps, device=args.device)  # [N]
+        self.episode_ends = torch.as_tensor(episode_ends, device=args.device)  # [N]
 
     def windows(self, starts, context_length):
         """The Windows of K steps from the transitions `starts` [batch] on, by an index lookup.
@@ -658,33 +571,37 @@ class OfflineData:
 warnings.filterwarnings("ignore", message=".*is out of date.*")
 
 
+# HalfCheetah's model file sets off a deprecation warning for every copy; all else should be seen.
+def warn_of_mujoco(text):
+    if "deprecated" not in text:
+        print(f"mujoco: {text}", file=sys.stderr)
+
+
+mujoco.set_mju_user_warning(warn_of_mujoco)
+
+
 def make_env(args, num_copies, **options):
     """A gymnasium vector environment of `num_copies` copies of `args.env`."""
-    try:
+    with explain(f"--env {args.env} cannot be made"):
         # In one process: a step of MuJoCo takes less time than to pass it to another.
         env = gym.make_vec(args.env, num_copies, vectorization_mode="sync", **options)
-    except Exception as error:
-        stop(f"The environment {args.env} cannot be made ({first_line(error)}).")
-    space = env.single_action_space
-    is_unit_box = isinstance(space, gym.spaces.Box) and (np.abs([space.low, space.high]) == 1).all()
-    if not is_unit_box:
-        stop(f"{args.env} has actions {space}; the model's are continuous, from -1 to 1.")
+    states = env.single_observation_space
+    actions = env.single_action_space
+    if not isinstance(states, gym.spaces.Box) or len(states.shape) != 1:
+        sys.exit(f"{args.env} has observations {states}; the model's are vectors.")
+    if actions != gym.spaces.Box(-1, 1, actions.shape, actions.dtype):
+        sys.exit(f"{args.env} has actions {actions}; the model's are continuous, from -1 to 1.")
     return env
 
 
-def autocast(args, device):
+def autocast(args):
     """Matrix products in bf16 if `args.precision` says so; all else stays in float32."""
-    if args.precision == "auto" and device.type == "cuda":
-        use_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif args.precision == "auto":  # without these instructions bf16 is slower than float32
-        use_bf16 = bool(torch.cpu.get_capabilities().get("avx512_bf16"))
-    else:
-        use_bf16 = args.precision == "bf16"
-    return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16)
+    device_type = torch.device(args.device).type
+    return torch.autocast(device_type, torch.bfloat16, enabled=args.precision == "bf16")
 
 
 @torch.no_grad()
-def evaluate(model, env, state_mean, state_std, args):
+def evaluate(model, env, args):
     """Play one episode in each copy of `env`, all at once, seeded args.seed, args.seed + 1, ...
 
     Returns the undiscounted returns and the lengths of the episodes, both [episodes]. The model is
@@ -693,47 +610,43 @@ def evaluate(model, env, state_mean, state_std, args):
     [decision_transformer/evaluation/evaluate_episodes.py#L112]
     """
     model.eval()
-    device = state_mean.device
     num_episodes = env.num_envs
     horizon = env.spec.max_episode_steps or 1000
-    state_dim = env.single_observation_space.shape[0]
-    act_dim = env.single_action_space.shape[0]
 
-    # What the model has seen and done, filled in step by step.
-    returns_to_go = torch.zeros(num_episodes, horizon + 1, 1, device=device)
-    states = torch.zeros(num_episodes, horizon, state_dim, device=device)
-    actions = torch.zeros(num_episodes, horizon, act_dim, device=device)  # a_t is 0 until predicted
-    # Where an episode outlasts the embedded time steps, the last is repeated.
-    timesteps = torch.arange(horizon, device=device)
-    timesteps = timesteps.clamp(max=model.embed_timestep.num_embeddings - 1)
-    timesteps = timesteps.expand(num_episodes, -1)
+    # What the model has seen and done, filled in step by step; a_t is 0 until it is predicted.
+    def zeros(*shape):
+        return torch.zeros(num_episodes, horizon, *shape, device=args.device)
+
+    returns_to_go = zeros(1)
+    states = zeros(*env.single_observation_space.shape)
+    actions = zeros(*env.single_action_space.shape)
+    timesteps = torch.arange(horizon, device=args.device).expand(num_episodes, -1)
     episode_returns = np.zeros(num_episodes)
     episode_lengths = np.zeros(num_episodes, dtype=int)
     running = np.ones(num_episodes, dtype=bool)
 
     observations, _ = env.reset(seed=args.seed)
-    returns_to_go[:, 0] = args.target_return / RETURN_SCALE
     for t in tqdm(range(horizon), desc="evaluation", unit="step", leave=False):
-        observations = torch.as_tensor(observations, dtype=torch.float32, device=device)
-        states[:, t] = (observations - state_mean) / state_std
-        rows = torch.as_tensor(np.flatnonzero(running), device=device)  # episodes not yet over
+        observations = torch.as_tensor(np.float32(observations), device=args.device)
+        states[:, t] = (observations - model.state_mean) / model.state_std
+        # What has been received need not be asked for again.
+        to_go = (args.target_return - episode_returns) / args.return_scale
+        returns_to_go[:, t, 0] = torch.as_tensor(np.float32(to_go), device=args.device)
+        rows = torch.as_tensor(np.flatnonzero(running), device=args.device)  # not yet over
         context = slice(max(0, t - args.context_length + 1), t + 1)
-        with autocast(args, device):
+        with autocast(args):
             predicted = model(
                 returns_to_go[rows, context],
                 states[rows, context],
                 actions[rows, context],
                 timesteps[rows, context],
             )
-        actions[rows, t] = predicted[:, -1].float()
+        actions[rows, t] = predicted[:, -1]
 
         # Copies that are done go on until all are; what they do from then on is not counted.
         observations, rewards, terminated, truncated, _ = env.step(actions[:, t].cpu().numpy())
         episode_returns += rewards * running
         episode_lengths += running
-        # What has been received need not be asked for again.
-        scaled_rewards = torch.as_tensor(np.float32(rewards / RETURN_SCALE), device=device)
-        returns_to_go[:, t + 1, 0] = returns_to_go[:, t, 0] - scaled_rewards
         running &= ~(terminated | truncated)
         if not running.any():
             break
@@ -747,42 +660,16 @@ def normalized_score(env_id, episode_return):
     its scores are on another scale.
     [analysis/section-4-sanity-check/compute_normalized_score.py#L48]
     """
-    task = TASKS.get(env_id.rsplit("-v", 1)[0])
+    task = TASKS.get(env_id.split("-v")[0])
     if task is None:
-        return math.nan
+        return math.nan * episode_return
     return 100 * (episode_return - task.random_return) / (task.expert_return - task.random_return)
-
-
-def summarize_episodes(returns, lengths, args, rng):
-    """What is recorded of an evaluation: mean return with its 95 % interval, length and score.
-
-    The interval is a bootstrap over the episodes of this evaluation; the next epoch's mean may lie
-    far outside of it.
-    """
-    resampled = rng.choice(returns, size=(10_000, len(returns)))
-    low, high = np.percentile(resampled.mean(axis=1), [2.5, 97.5])
-    return {
-        "return_mean": returns.mean().item(),
-        "return_low": low.item(),
-        "return_high": high.item(),
-        "length_mean": lengths.mean().item(),
-        "normalized_score": normalized_score(args.env, returns.mean().item()),
-    }
 
 
 # ==================================================================================================
 # Training
 # ==================================================================================================
 METRICS = ("loss", "saturated_fraction", "grad_norm", "clipped_fraction")  # of each training step
-
-
-class Run(NamedTuple):
-    """A training run, as it ended or as it was read from its folder."""
-
-    folder: Path
-    args: dict
-    records: list[dict]  # one per epoch, the first being before training
-    history: list[dict]  # means of METRICS, 25 times per epoch
 
 
 def training_loss(model, windows):
@@ -799,35 +686,18 @@ def training_loss(model, windows):
     return loss, saturated_fraction
 
 
-def find_device(args):
-    """The device that `args.device` names; under torchrun each process gets a GPU of its own."""
-    available = ["cpu"]
-    if torch.cuda.is_available():
-        available += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if torch.backends.mps.is_available():
-        available.append("mps")
-    if args.device not in ("auto", *available):
-        stop(f"--device {args.device} is not there; there is {', '.join(available)}.")
-    if WORLD_SIZE > 1 and not torch.distributed.is_initialized():
-        # The first process evaluates while the others wait.
-        torch.distributed.init_process_group(timeout=timedelta(hours=12))
-    name = args.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    device = torch.device(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
-
-
-def make_model(args, backbone, state_dim, act_dim, max_timestep):
+def make_model(args, backbone, data, max_timestep):
     """The Decision Transformer before fine-tuning: `backbone`, and the rest drawn from the seed."""
     torch.manual_seed(args.seed)
     model = DecisionTransformer(
-        backbone.blocks, backbone.final_norm, state_dim, act_dim, max_timestep
+        backbone.blocks,
+        backbone.final_norm,
+        state_dim=data.states.shape[1],
+        act_dim=data.actions.shape[1],
+        max_timestep=max_timestep,
     )
+    model.state_mean.copy_(data.state_mean)
+    model.state_std.copy_(data.state_std)
     # What the checkpoint has, it overwrites: nothing if random, one block if one is replaced.
     weights = model.transformer.state_dict()
     weights.update(backbone.weights)
@@ -837,420 +707,288 @@ def make_model(args, backbone, state_dim, act_dim, max_timestep):
         # the action head: the final LayerNorm gives 768 numbers of variance 1, the tanh sees a
         # standard deviation of 9 on Hopper, and nearly no gradient passes.
         nn.init.normal_(model.embed_action.weight, std=args.head_std)
-    return model
+    return model.to(args.device)
 
 
-def train(args, folder, backbone, device):
+def train(args, folder, backbone):
     """Fine-tune `backbone` as `args` say, or go on where the run in `folder` stopped.
 
-    Leaves checkpoints, TensorBoard events and summary.json in `folder`, and returns the Run.
+    Leaves checkpoints, TensorBoard events and log.csv in `folder`: a row for each 25th part of an
+    epoch (the means of METRICS), and one for each episode of an evaluation (return, length, score).
     """
-    # A run that is finished is not trained again.
-    check_folder(folder, args)
-    if (folder / "summary.json").exists():
-        run = read_run(folder)
-        if len(run.records) > args.num_epochs:
-            print(f"{folder} is finished; a higher --num-epochs would go on with it.")
-            return run
+    # Set by torchrun, whose processes each train on windows and on a GPU of their own.
+    rank = int(os.environ.get("RANK", 0))
+    num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    if num_processes > 1 and not torch.distributed.is_initialized():
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # The others wait while the first process evaluates.
+        torch.distributed.init_process_group(timeout=timedelta(hours=12))
 
-    # Environment, data, model, optimizer.
     env = make_env(args, args.num_eval_episodes)
-    data = OfflineData(load_episodes(args, env), device)
+    data = OfflineData(load_episodes(args, env), args)
     longest_episode = int(data.timesteps.max()) + 1
-    model = make_model(
-        args,
-        backbone,
-        state_dim=data.states.shape[1],
-        act_dim=data.actions.shape[1],
-        max_timestep=max(1000, longest_episode, env.spec.max_episode_steps or 0),
-    ).to(device)
+    max_timestep = max(1000, longest_episode, env.spec.max_episode_steps or 0)
+    model = make_model(args, backbone, data, max_timestep)
     optimizer = torch.optim.AdamW(
         model.parameters(),
-        lr=args.learning_rate,
         weight_decay=args.weight_decay,
-        eps=1e-6 if backbone.pretrained else 1e-8,  # [utils.py#L60]
+        eps=1e-8 if args.backbone.startswith("random") else 1e-6,  # [utils.py#L60]
         fused=True,
     )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda steps_done: min((steps_done + 1) / max(1, args.warmup_steps), 1)
-    )  # [experiment.py#L400]
-    max_grad_norm = args.max_grad_norm or math.inf  # 0 switches clipping off
 
     # Go on where the run stopped.
+    first_epoch = 0
     step = 0
-    records = []
-    history = []
+    log = []
     if (folder / "latest.pt").exists():
-        checkpoint = read_checkpoint(folder / "latest.pt", device)
+        checkpoint = read_checkpoint(folder / "latest.pt", args.device)
+        check_arguments(args, checkpoint["args"], folder)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scheduler.load_state_dict(checkpoint["scheduler"])
+        first_epoch = checkpoint["epoch"] + 1
         step = checkpoint["step"]
-        records = checkpoint["records"]
-        history = checkpoint["history"]
+        log = checkpoint["log"]
+        print(f"{folder} goes on after epoch {checkpoint['epoch']}.")
 
     # `trained_model` has the parameters of `model`, compiled for a GPU, or shared by processes.
     trained_model = model
     if args.compile:
         trained_model = torch.compile(trained_model, mode="reduce-overhead")  # CUDA graphs
-    if WORLD_SIZE > 1:
-        # Each process trains on windows of its own, and their gradients are averaged. This mean of
-        # means gives a padded window slightly more weight than one mean over all steps would.
+    if num_processes > 1:
+        # Gradients are averaged. This mean of means gives a padded window slightly more weight than
+        # one mean over all steps would.
         trained_model = nn.parallel.DistributedDataParallel(trained_model)
 
-    if RANK == 0:
-        make_folder(folder)
-        save_json(folder / "args.json", asdict(args))
-        print(f"\n{folder}: weights from {backbone.source}, {len(data.states):,} steps of data")
-        if records:
-            print(f"{folder} goes on after epoch {len(records) - 1}.")
-            save_summary(folder, args, backbone, records, history)
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
         writer = SummaryWriter(folder, purge_step=step + 1, flush_secs=10)
-        writer.add_text("hyperparameters", hyperparameter_table(args))
+        rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
+        writer.add_text("hyperparameters", "\n".join(["|argument|value|", "|-|-|", *rows]))
 
-    for epoch in range(len(records), args.num_epochs + 1):  # epoch 0 is the model before training
-        epoch_started = time.perf_counter()
+    for epoch in range(first_epoch, args.num_epochs + 1):  # epoch 0 is the model before training
         num_steps = args.steps_per_epoch if epoch > 0 else 0
         # All chance in an epoch follows from the seed and the epoch's number alone, so that a run
         # that was interrupted gives the numbers of one that was not.
-        rng = np.random.default_rng([args.seed, epoch, RANK])
+        rng = np.random.default_rng([args.seed, epoch, rank])
         torch.manual_seed(int(rng.integers(2**60)))  # for dropout
         # Starts are drawn from all transitions, which is what the released code does in two steps:
         # an episode in proportion to its length, then a start in it. [experiment.py#L191]
-        size = (num_steps, args.batch_size // WORLD_SIZE)
-        epoch_starts = torch.as_tensor(rng.integers(len(data.states), size=size), device=device)
-        metrics = torch.zeros(num_steps, len(METRICS), device=device)
-        log_interval = max(1, args.steps_per_epoch // 25)
-        num_logged = 0
+        size = (num_steps, args.batch_size // num_processes)
+        epoch_starts = torch.as_tensor(
+            rng.integers(len(data.states), size=size), device=args.device
+        )
+        log_interval = max(1, num_steps // 25)
+        metrics = []
 
         model.train()
         progress = tqdm(
             epoch_starts,
             desc=f"epoch {epoch}/{args.num_epochs}",
             unit="step",
-            disable=RANK > 0 or epoch == 0,
+            disable=rank > 0 or epoch == 0,
         )
         for i, window_starts in enumerate(progress):
+            # The learning rate rises linearly, then stays. [experiment.py#L400]
+            learning_rate = args.learning_rate * min((step + 1) / max(1, args.warmup_steps), 1)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+
             windows = data.windows(window_starts, args.context_length)
-            with autocast(args, device):
+            with autocast(args):
                 loss, saturated_fraction = training_loss(trained_model, windows)
             loss.backward()
             # Here the gradient is clipped. Taken as one vector over all parameters, it is shortened
             # to max_grad_norm if it is longer; its direction stays. The norm returned is the one
             # before that. [decision_transformer/training/seq_trainer.py#L84]
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()
-            scheduler.step()
             optimizer.zero_grad()
             step += 1
 
             # Metrics stay on the device; to read them here would wait for it in every step.
-            clipped = (grad_norm > max_grad_norm).float()
-            metrics[i] = torch.stack([loss.detach(), saturated_fraction, grad_norm, clipped])
-            if RANK == 0 and ((i + 1) % log_interval == 0 or i + 1 == num_steps):
-                means = metrics[num_logged : i + 1].mean(dim=0).tolist()
-                num_logged = i + 1
-                if not np.isfinite(means).all():
-                    stop(f"The loss is not finite at step {step}; try a lower --learning-rate.")
-                latest = {name: f"{value:.4f}" for name, value in zip(METRICS, means)}
-                progress.set_postfix(latest, refresh=False)
-                history.append({"step": step, **dict(zip(METRICS, means))})
-                for name, value in zip(METRICS, means):
+            clipped = (grad_norm > args.max_grad_norm).float()
+            metrics.append(torch.stack([loss.detach(), saturated_fraction, grad_norm, clipped]))
+            if rank == 0 and ((i + 1) % log_interval == 0 or i + 1 == num_steps):
+                means = dict(zip(METRICS, torch.stack(metrics).mean(dim=0).tolist()))
+                metrics = []
+                if not math.isfinite(means["loss"]):
+                    sys.exit(
+                        f"The loss is not finite at step {step}: look for NaN in the data, or go "
+                        f"on with --run-name {args.run_name} and a lower --learning-rate."
+                    )
+                progress.set_postfix(means, refresh=False)
+                log.append({"epoch": epoch, "step": step, **means})
+                for name, value in means.items():
                     writer.add_scalar(f"train/{name}", value, step)
-        if RANK > 0:
+        if rank > 0:
             continue  # the first process evaluates and writes
 
-        returns, lengths = evaluate(model, env, data.state_mean, data.state_std, args)
-        record = {
-            "epoch": epoch,
-            "step": step,
-            # Means over the epoch, nan before training. The paper's "action error" is the loss of
-            # an epoch's last batch alone. [decision_transformer/training/seq_trainer.py#L88]
-            **dict(zip(METRICS, metrics.mean(dim=0).tolist())),
-            **summarize_episodes(returns, lengths, args, rng),
-            "seconds": time.perf_counter() - epoch_started,
-        }
-        records.append(record)
-        for name in ("return_mean", "length_mean", "normalized_score"):
-            writer.add_scalar(f"eval/{name}", record[name], step)
-        tqdm.write(
-            f"epoch {epoch}: return {record['return_mean']:.1f}, "
-            f"95 % interval {record['return_low']:.1f} to {record['return_high']:.1f}"
+        returns, lengths = evaluate(model, env, args)
+        scores = normalized_score(args.env, returns)
+        episodes = pd.DataFrame({"return": returns, "length": lengths, "score": scores})
+        log += episodes.assign(epoch=epoch, step=step).to_dict("records")
+        frame = pd.DataFrame(log).assign(
+            run=str(folder).split("runs/")[-1],
+            env=args.env,
+            dataset=args.dataset,
+            backbone=args.backbone,
+            K=args.context_length,
+            head_std=args.head_std,
+            max_grad_norm=args.max_grad_norm,
+            seed=args.seed,
         )
+        for name, value in episodes.mean().items():
+            writer.add_scalar(f"eval/{name}", value, step)
+        tqdm.write(f"epoch {epoch}: return {returns.mean():.1f}, score {scores.mean():.1f}")
 
-        # Save what can be looked at later, and what is needed to go on.
+        # First what can be looked at later; last, and in one step, what is needed to go on: a run
+        # that is killed anywhere repeats at most an epoch.
+        frame.to_csv(folder / "log.csv", index=False)
         checkpoint = {
             "args": asdict(args),
-            "epoch": epoch,
-            "step": step,
             "architecture": model.architecture,
             "model": model.state_dict(),
-            "state_mean": data.state_mean,
-            "state_std": data.state_std,
+            "epoch": epoch,
+            "step": step,
         }
         if epoch in args.save_epochs or epoch == args.num_epochs:
-            save_checkpoint(folder / f"epoch_{epoch}.pt", checkpoint)
+            torch.save(checkpoint, folder / f"epoch_{epoch}.pt")
         # The best of 40 noisy evaluations flatters, but it is what the paper reports.
-        if epoch > 0 and record["return_mean"] >= max(r["return_mean"] for r in records[1:]):
-            save_checkpoint(folder / "best.pt", checkpoint)
+        mean_returns = frame[frame.epoch > 0].groupby("epoch")["return"].mean()
+        if epoch > 0 and mean_returns.idxmax() == epoch:
+            torch.save(checkpoint, folder / "best.pt")
         checkpoint["optimizer"] = optimizer.state_dict()
-        checkpoint["scheduler"] = scheduler.state_dict()
-        checkpoint["records"] = records
-        checkpoint["history"] = history
-        save_checkpoint(folder / "latest.pt", checkpoint)
-        save_summary(folder, args, backbone, records, history)  # last: it says what is finished
-    if RANK == 0:
+        checkpoint["log"] = log
+        torch.save(checkpoint, folder / "latest.tmp")
+        (folder / "latest.tmp").replace(folder / "latest.pt")
+    if rank == 0:
         writer.close()
-    return Run(folder, asdict(args), records, history)
 
 
 # ==================================================================================================
 # Figure and video
 # ==================================================================================================
-def plot_learning_curve(run):
-    """Return, loss, saturation and gradient norm over the training steps of a Run."""
-    args = run.args
-    color = COLORS.get(args["backbone"], OTHER_COLOR)
-    subject = f"{args['backbone']}, K = {args['context_length']}, seed {args['seed']}"
-    figure = new_figure(args, subject, 16, 3.6)
-    panels = {
-        "return_mean": f"return of {args['num_eval_episodes']} episodes, 95 % interval",
+def plot_learning_curve(log, args):
+    """Return, loss, saturation and gradient norm over the training steps of a run's log.csv."""
+    labels = {
+        "return": f"return of {args.num_eval_episodes} episodes, 95 % interval",
         "loss": "mean squared action error",
         "saturated_fraction": "share of |action| > 0.99",
         "grad_norm": "gradient norm, dashed: clipping threshold",
     }
-    for axes, (name, label) in zip(figure.subplots(1, 4), panels.items()):
-        lines = run.records if name == "return_mean" else run.history
-        steps = [line["step"] for line in lines]
-        axes.plot(steps, [line[name] for line in lines], color=color)
-        if name == "return_mean":
-            low = [record["return_low"] for record in run.records]
-            high = [record["return_high"] for record in run.records]
-            axes.fill_between(steps, low, high, color=color, alpha=0.2)
-        if name == "grad_norm" and args["max_grad_norm"] > 0:
-            axes.axhline(args["max_grad_norm"], color="black", linestyle="--")
-        axes.set(xlabel="training step", ylabel=label, ylim=(0, None))
-    return figure
+    grid = sns.relplot(
+        log.melt("step", list(labels)).dropna(),
+        x="step",
+        y="value",
+        col="variable",
+        kind="line",
+        height=3.5,
+        facet_kws={"sharey": False},
+        seed=0,  # of the bootstrap over the episodes of an evaluation
+    )
+    for name, axes in grid.axes_dict.items():
+        axes.set(title="", xlabel="training step", ylabel=labels[name])
+    if math.isfinite(args.max_grad_norm):
+        grid.axes_dict["grad_norm"].axhline(args.max_grad_norm, color="black", linestyle="--")
+    grid.figure.suptitle(
+        f"{args.env}, {args.dataset}: {args.backbone}, K = {args.context_length}, seed {args.seed}",
+        y=1.03,
+    )
+    return grid.figure
 
 
-def capture_video(checkpoint_path, gif_path, args, device):
+def capture_video(checkpoint_path, gif_path, args):
     """Play the first evaluation episode with the model of a checkpoint and keep it as a GIF."""
-    has_screen = "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
-    if sys.platform == "linux" and not has_screen:
+    if sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")
-    checkpoint = read_checkpoint(checkpoint_path, device)
-    model = load_model(checkpoint_path, device)
     env = make_env(args, 1, render_mode="rgb_array_list", width=240, height=240)
-    try:
+    with explain(
+        "--capture-video cannot render; without a screen it needs EGL (Debian: libegl1), or "
+        "MUJOCO_GL set to a renderer that is there"
+    ):
         env.reset()  # draws the first picture
+    model, _ = load_model(checkpoint_path, args.device)
+    evaluate(model, env, args)
+    stride = max(1, env.metadata["render_fps"] // 25)  # 25 pictures a second are enough
+    imageio.imwrite(gif_path, env.render()[0][::stride], duration=40, loop=0)
+
+
+# ==================================================================================================
+# Utilities: arguments, files, errors
+# ==================================================================================================
+@contextmanager
+def explain(what):
+    """End with one sentence, `what` and the error, where a library fails at what a user brought."""
+    try:
+        yield
     except Exception as error:
-        stop(
-            "--capture-video needs EGL (Debian: libegl1), or MUJOCO_GL set to a renderer that is "
-            f"there ({first_line(error)})."
+        sys.exit(f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:300]}).")
+
+
+def complete_arguments(args, subject):
+    """Fill in what was not given and depends on others; returns the folder of the run.
+
+    `subject` stands in its name: the backbone, or that there are several.
+    """
+    env_name = args.env.split("-v")[0]
+    if env_name not in TASKS and None in (args.dataset, args.target_return):
+        sys.exit(
+            f"--env {args.env} is none of {', '.join(TASKS)}: give --dataset and --target-return."
         )
-    evaluate(model, env, checkpoint["state_mean"], checkpoint["state_std"], args)
-    stride = max(1, round(env.metadata["render_fps"] / 25))  # 25 pictures a second are enough
-    frames = env.render()[0][::stride]
-    milliseconds = 1000 * stride / env.metadata["render_fps"]
-    with replacing(gif_path) as temporary:
-        imageio.imwrite(temporary, frames, extension=".gif", duration=milliseconds, loop=0)
-
-
-# ==================================================================================================
-# Utilities: arguments, files, tables, errors
-# ==================================================================================================
-COLORS = {  # colour-blind safe, after Okabe and Ito
-    "gpt2": "#0072B2",
-    "igpt": "#D55E00",
-    "igpt-as-gpt2": "#E69F00",
-    "random": "#555555",
-    "random-gpt2": "#009E73",
-    "markov": "#56B4E9",
-}
-OTHER_COLOR = "#CC79A7"
-
-
-def stop(message, status=2):
-    """End the program with one sentence about something that the user can put right."""
-    if RANK == 0:
-        tqdm.write(message, file=sys.stderr)  # on a line of its own, also beside a progress bar
-    elif status == 2:
-        time.sleep(30)  # torchrun ends all processes with the first that ends: let rank 0 speak
-    raise SystemExit(status)
-
-
-def first_line(error):
-    """An exception in a few words, to be put into a sentence."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}".rstrip(" .:")
-
-
-def complete_arguments(args):
-    """Check the arguments, and fill in what was not given and depends on others."""
-    counts = ("context_length", "batch_size", "num_epochs", "steps_per_epoch", "num_eval_episodes")
-    for name in counts:
-        if getattr(args, name) < 1:
-            stop(f"--{name.replace('_', '-')} must be at least 1.")
-    for name in ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm"):
-        if not 0 <= getattr(args, name) < math.inf:
-            stop(f"--{name.replace('_', '-')} must be 0 or more.")
-    if args.head_std is not None and not 0 < args.head_std < math.inf:
-        stop("--head-std must be above 0.")
-    if not 0 <= args.dropout < 1:
-        stop("--dropout must be at least 0, and below 1.")
-    if not 0 <= args.seed < 2**63:
-        stop("--seed must be from 0 to 2^63 - 1.")
-    if args.batch_size % WORLD_SIZE != 0:
-        stop(f"--batch-size {args.batch_size} cannot be shared evenly by {WORLD_SIZE} processes.")
-    env_name = args.env.rsplit("-v", 1)[0]
-    task = TASKS.get(env_name)
-    if task is None and (args.dataset is None or args.target_return is None):
-        stop(f"{args.env} is none of {', '.join(TASKS)}: give --dataset and --target-return.")
+    if args.sample and not ASSETS.is_dir():
+        sys.exit(f"--sample needs {ASSETS}, which comes with the repository.")
+    with explain(f"--device {args.device} cannot be used"):
+        torch.zeros(1, device=args.device)
     if args.dataset is None:
-        args.dataset = task.dataset
+        args.dataset = TASKS[env_name].dataset
         if args.sample:
             args.dataset = f"sample/{env_name.lower()}/medium-v0"
     if args.target_return is None:
-        args.target_return = task.target_return
+        args.target_return = TASKS[env_name].target_return
     if args.run_name is None:
-        backbone_name = Path(args.backbone or "study").name  # a study has several
-        name = f"{args.env}__{SCRIPT}__{backbone_name}__{args.seed}__{int(time.time())}"
-        args.run_name = re.sub(r"[^\w.-]+", "-", name)  # an environment may have a / or a :
-    if not re.fullmatch(r"\w[\w. -]*", args.run_name):
-        stop(f"--run-name {args.run_name} must be the name of a folder under runs/, not a path.")
+        script = Path(__file__).stem
+        args.run_name = f"{args.env}__{script}__{subject}__{args.seed}__{time.time_ns()}"
+    goes_on = f"Interrupted; the same command with --run-name {args.run_name} goes on."
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(goes_on))  # Ctrl-C
+    return Path("runs") / args.run_name
 
 
-def check_folder(folder, args):
-    """If there is a run in `folder` already, `args` must be what it was started with."""
-    path = folder / "args.json"
-    if not path.exists():
-        return
-    earlier = json.loads(path.read_text())
-    given = json.loads(json.dumps(asdict(args)))  # JSON makes lists of tuples
-    for name, value in given.items():
-        if name not in MAY_DIFFER and value != earlier.get(name):
-            stop(
-                f"{folder} was started with {name} = {earlier.get(name)}, not {value}: "
-                "choose another --run-name, or the arguments that it was started with."
+def check_arguments(args, earlier, folder):
+    """The run in `folder` can only go on with the arguments that it was started with, `earlier`."""
+    may_differ = {"num_epochs", "save_epochs", "capture_video", "device", "compile", "run_name"}
+    if args.learning_rate < earlier["learning_rate"]:  # after a loss that was not finite
+        may_differ.add("learning_rate")
+    for name, value in asdict(args).items():
+        if name not in may_differ and value != earlier[name]:
+            sys.exit(
+                f"{folder} was started with {name} = {earlier[name]}, not {value}: choose another "
+                "--run-name, or the arguments that it was started with."
             )
 
 
-def make_folder(folder):
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        stop(f"The folder {folder} cannot be made ({first_line(error)}).")
-
-
-@contextmanager
-def replacing(path):
-    """A temporary path to write to, which then replaces `path`: what is there is always whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # RuntimeError is torch.save's way to say it
-        temporary.unlink(missing_ok=True)
-        stop(
-            f"{path} cannot be written ({first_line(error)}): make room in {path.parent}, and the "
-            "same command with the same --run-name goes on."
-        )
-
-
-def save_json(path, content):
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1))
-
-
-def save_summary(folder, args, backbone, records, history):
-    """Everything about a run in numbers, which read_run reads again."""
-    summary = {
-        "args": asdict(args),
-        "source": backbone.source,
-        "epochs": records,
-        "history": history,
-    }
-    save_json(folder / "summary.json", summary)
-
-
-def save_checkpoint(path, checkpoint):
-    with replacing(path) as temporary:
-        torch.save(checkpoint, temporary)
+def read_checkpoint(path, device):
+    with explain(f"{path} is missing or damaged"):
+        # weights_only: a checkpoint is data, and must not be able to run code.
+        return torch.load(path, map_location=device, weights_only=True)
 
 
 def load_model(path, device):
-    """The model of a checkpoint that any of the scripts has written, in evaluation mode."""
+    """The model of a checkpoint in evaluation mode, and the Args of its run, both on `device`."""
     checkpoint = read_checkpoint(path, device)
-    architecture = dict(checkpoint["architecture"])
+    architecture = checkpoint["architecture"]
     blocks = [BlockConfig(**config) for config in architecture.pop("blocks")]
     model = DecisionTransformer(blocks, **architecture).to(device)
     model.load_state_dict(checkpoint["model"])
-    return model.eval()
-
-
-def read_checkpoint(path, device):
-    try:
-        # weights_only: a checkpoint is data, and must not be able to run code.
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:
-        stop(f"{path} is missing or damaged ({first_line(error)}).")
-    if not isinstance(checkpoint, dict) or "architecture" not in checkpoint:
-        stop(f"{path} is no checkpoint of these scripts.")
-    return checkpoint
+    args = Args(**checkpoint["args"])
+    return model.eval(), replace(args, device=device)
 
 
 def save_figure(figure, path, step):
-    """Write a matplotlib figure as a PNG and as a TensorBoard image."""
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+    """Keep a figure as a PNG and as a TensorBoard image."""
+    figure.savefig(path, dpi=120, bbox_inches="tight")
     with SummaryWriter(path.parent) as writer:
         writer.add_figure(path.stem, figure, step)
-
-
-def new_figure(args, subject, width, height):
-    """An empty figure, width x height in inches, titled with what it shows of which environment."""
-    sample = ", bundled sample" if args["sample"] else ""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(f"{args['env']}: {subject}{sample}")
-    return figure
-
-
-def read_run(folder):
-    """The Run in a folder of any of the scripts."""
-    path = Path(folder) / "summary.json"
-    if not path.exists():
-        stop(f"{folder} is no folder of a run: it has no summary.json.")
-    summary = json.loads(path.read_text())
-    return Run(Path(folder), summary["args"], summary["epochs"], summary["history"])
-
-
-def print_table(rows, formats):
-    """Print dicts as a table; `formats` are its columns and how their numbers are written."""
-    table = [list(formats)]
-    for row in rows:
-        cells = []
-        for name, form in formats.items():
-            is_nan = isinstance(row[name], float) and math.isnan(row[name])
-            cells.append("-" if is_nan else format(row[name], form))
-        table.append(cells)
-    widths = [max(len(cell) for cell in column) for column in zip(*table)]
-    for cells in table:
-        print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths)))
-
-
-def hyperparameter_table(args):
-    """The arguments as a table in markdown, for TensorBoard."""
-    rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
-    return "\n".join(["|argument|value|", "|-|-|", *rows])
-
-
-# HalfCheetah's model file sets off a deprecation warning for every copy; all else should be seen.
-def warn_of_mujoco(text):
-    if "deprecated" not in text:
-        print(f"mujoco: {text}", file=sys.stderr)
-
-
-mujoco.set_mju_user_warning(warn_of_mujoco)
 
 
 # ==================================================================================================
@@ -1259,35 +997,16 @@ mujoco.set_mju_user_warning(warn_of_mujoco)
 if __name__ == "__main__":
     defaults = SAMPLE if "--sample" in sys.argv else Args()
     args = tyro.cli(Args, default=defaults, description=__doc__)
-    complete_arguments(args)
-    folder = Path("runs") / args.run_name
-    device = find_device(args)
-    backbone = load_backbone(args)
-    try:
-        run = train(args, folder, backbone, device)
-    except KeyboardInterrupt:
-        stop(f"Interrupted; the same command with --run-name {args.run_name} goes on.", status=130)
-    if RANK > 0:
-        sys.exit()
+    folder = complete_arguments(args, subject=Path(args.backbone).name)
+    train(args, folder, load_backbone(args))
+    if int(os.environ.get("RANK", 0)) > 0:
+        sys.exit()  # under torchrun the first process does the rest
 
-    figure = plot_learning_curve(run)
-    save_figure(figure, folder / "learning_curve.png", step=run.records[-1]["step"])
+    log = pd.read_csv(folder / "log.csv")
+    save_figure(plot_learning_curve(log, args), folder / "learning_curve.png", log.step.max())
     if args.capture_video:
-        capture_video(folder / "best.pt", folder / "best.gif", args, device)
-        capture_video(folder / f"epoch_{args.num_epochs}.pt", folder / "last.gif", args, device)
-    print_table(
-        run.records,
-        {
-            "epoch": "d",
-            "loss": ".4f",
-            "grad_norm": ".3f",
-            "clipped_fraction": ".0%",
-            "saturated_fraction": ".0%",
-            "return_mean": ".1f",
-            "return_low": ".1f",
-            "return_high": ".1f",
-            "length_mean": ".1f",
-            "normalized_score": ".1f",
-        },
-    )
-    print(f"{folder}: summary.json, learning_curve.png, checkpoints; or: tensorboard --logdir runs")
+        capture_video(folder / "best.pt", folder / "best.gif", args)
+        capture_video(folder / f"epoch_{args.num_epochs}.pt", folder / "last.gif", args)
+    means = log.groupby("epoch")[[*METRICS, "return", "length", "score"]].mean()
+    print(means.round(3).to_string(na_rep="-"))
+    print(f"{folder}: log.csv, learning_curve.png, checkpoints; or: tensorboard --logdir runs")

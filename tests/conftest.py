@@ -16,8 +16,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
 os.environ.update(TOKENIZERS_PARALLELISM="false", TF_CPP_MIN_LOG_LEVEL="3")
 
 TINY = ["--sample", "--steps-per-epoch", "6", "--num-eval-episodes", "2", "--batch-size", "8"]
-TINY += ["--precision", "fp32", "--dropout", "0.2"]
-SHAPE = {"state_dim": 11, "act_dim": 3, "max_timestep": 1000}
+TINY += ["--dropout", "0.2"]
 
 
 def sample_args(module, **changes):
@@ -34,19 +33,23 @@ def sample_args(module, **changes):
 
 
 def load_data(module, args):
-    env = module.make_env(args, 1)
-    return module.OfflineData(module.load_episodes(args, env), torch.device("cpu"))
+    return module.OfflineData(module.load_episodes(args, module.make_env(args, 1)), args)
 
 
-def make_model(module, backbone, seed=0, **changes):
+def make_model(module, backbone, seed=0, state_dim=11, act_dim=3, max_timestep=1000):
     """The model that a script would start training from, in evaluation mode.
 
     `backbone` is a name, or a Backbone.
     """
     if isinstance(backbone, str):
         backbone = module.load_backbone(sample_args(module, backbone=backbone))
-    args = sample_args(module, seed=seed)
-    return module.make_model(args, backbone, **{**SHAPE, **changes}).eval()
+    data = SimpleNamespace(
+        states=torch.zeros(1, state_dim),
+        actions=torch.zeros(1, act_dim),
+        state_mean=torch.zeros(state_dim),
+        state_std=torch.ones(state_dim),
+    )
+    return module.make_model(sample_args(module, seed=seed), backbone, data, max_timestep).eval()
 
 
 def pytest_configure(config):
@@ -67,6 +70,9 @@ def run_script(tmp_path, monkeypatch, capfd):
             runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as end:
             status = end.code or 0
+            if isinstance(status, str):  # what Python itself would do with it
+                print(status, file=sys.stderr)
+                status = 1
         output = capfd.readouterr()
         return SimpleNamespace(status=status, out=output.out, err=output.err)
 
@@ -100,7 +106,7 @@ def finish(process):
 
 
 def assert_one_sentence(result, *words):
-    """A script has ended with exit status 2 and one sentence with these words."""
+    """A script has ended with a status that is not 0 and one sentence with these words."""
     lines = without_progress_bars(result.err)
-    assert result.status == 2 and len(lines) == 1 and "Traceback" not in result.err, result.err
+    assert result.status != 0 and len(lines) == 1 and "Traceback" not in result.err, result.err
     assert all(word in lines[0] for word in words), lines[0]

@@ -1,6 +1,8 @@
 """Keep the sections that the scripts share the same, word for word.
 
 python tests/tools/shared_sections.py      # rewrite the copies from dt_pretrained.py
+
+The section Runs is shared by the three analyses, and its copies are made from dt_no_context.py.
 """
 
 import itertools
@@ -9,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPTS = ("dt_pretrained.py", "dt_no_context.py", "analyze_grads.py", "analyze_repr.py")
-SHARED = ("Model", "Backbones", "Data", "Evaluation", "Training", "Utilities")
+SHARED = ("Arguments", "Model", "Backbones", "Data", "Evaluation", "Training", "Utilities")
 BANNER = re.compile(r"^# ={98}\n# (.+)\n# ={98}\n", re.MULTILINE)
 
 
@@ -24,12 +26,15 @@ def split(text):
 
 
 def rewritten(name):
-    """The text of script `name` with its shared sections replaced by those of dt_pretrained.py."""
+    """The text of script `name` with its shared sections replaced by their originals."""
     _, originals = split((ROOT / SCRIPTS[0]).read_text())
+    _, analysis = split((ROOT / SCRIPTS[1]).read_text())
     head, sections = split((ROOT / name).read_text())
     for title in sections:
         if title in SHARED:
             sections[title] = originals[title]
+        elif title == "Runs":
+            sections[title] = analysis[title]
     return head + "".join(sections.values())
 
 
