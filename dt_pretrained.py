@@ -4,6 +4,11 @@
     python dt_pretrained.py --backbone gpt2 --env Hopper-v4   # fetches GPT-2 and data, wants a GPU
     torchrun --nproc-per-node 4 dt_pretrained.py ...          # several GPUs
 
+A Decision Transformer reads an episode as a sequence of returns-to-go, states and actions and
+learns to predict the actions, by their squared error. Then it is asked for a high return, and
+plays. Its Transformer starts as a GPT-2, as an ImageGPT or at random; all of it is trained. Begin
+to read at DecisionTransformer, then train. The other three scripts are this one and an analysis.
+
 Paper: S. Takagi, "On the Effect of Pre-training for Transformer in Different Modality on Offline
 Reinforcement Learning", NeurIPS 2022, https://arxiv.org/abs/2211.09817 (section 4, Table 1).
 
@@ -17,7 +22,7 @@ import json
 import math
 import os
 
-os.environ["MPLBACKEND"] = "agg"  # notebooks set one that need not be there
+os.environ["MPLBACKEND"] = "agg"  # Jupyter and Colab name one that only their kernel has
 import signal
 import sys
 import time
@@ -49,7 +54,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
 )
-from pydantic.dataclasses import dataclass
+from pydantic.dataclasses import dataclass  # as the standard one, but it checks what it is given
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -64,7 +69,8 @@ class Args:
     # Starting point and data
     backbone: str = "gpt2"
     """gpt2, igpt, igpt-as-gpt2 (the paper's way of loading ImageGPT), random (the paper's control:
-    one head, ReLU), random-gpt2 (GPT-2's architecture), markov (bundled), or a hub id or folder"""
+    one head, ReLU), random-gpt2 (GPT-2's architecture), a hub id or folder; with --sample also
+    markov (trained on a Markov chain's sequences)"""
     env: str = "Hopper-v4"
     """Hopper, HalfCheetah or Walker2d, -v4 or -v5; others need --dataset and --target-return"""
     dataset: str | None = None
@@ -78,8 +84,9 @@ class Args:
     dropout: float = Field(0.2, ge=0, lt=1)
     """on the residual branches; on attention weights and the backbone's input it is at most 0.1"""
     head_std: PositiveFloat | None = None
-    """standard deviation of the initial action embedding, which is the action head too; None is
-    nn.Linear's, as in the paper, with which the tanh of the actions starts saturated (try 0.02)"""
+    """standard deviation of the initial weights of the action embedding, which are those of the
+    action head too; None is the paper's, nn.Linear's default, with which the tanh of the actions
+    starts saturated: on Hopper it sees a deviation of 9 (try 0.02)"""
     return_scale: PositiveFloat = 1000
     """returns-to-go are divided by this: take about the size of a return of your data"""
 
@@ -107,7 +114,7 @@ class Args:
 
     # Run
     seed: NonNegativeInt = 666
-    """fixes initial weights, windows, dropout and evaluation episodes"""
+    """fixes initial weights, windows, dropout and evaluation episodes; the paper has 666 and 42"""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """cpu, cuda, cuda:1, mps"""
     precision: Literal["bf16", "fp32"] = (
@@ -121,11 +128,12 @@ class Args:
     capture_video: bool = False
     """record an episode of the best and of the last model, as best.gif and last.gif"""
     run_name: str | None = None
-    """folder under runs/; the same command with the same name goes on where the run stopped"""
+    """folder under runs/, by default a new one; the same command with the same name goes on where
+    the run stopped"""
 
 
-# What --sample changes where nothing else is given. Models that small need no dropout; and with
-# the paper's head (--head-std None) they would sit with saturated actions for most of the minute.
+# What --sample changes where nothing else is given. Models that small need no dropout, and with the
+# paper's head (--head-std None) their actions would be saturated for most of so short a run.
 SAMPLE = Args(
     sample=True,
     dropout=0.0,
@@ -173,7 +181,7 @@ class BlockConfig:
 
 
 class Conv1D(nn.Module):
-    """A linear layer that keeps its weight as [in, out], as GPT-2's checkpoints do."""
+    """A linear layer, by the name and with the weight [in, out] that GPT-2's checkpoints have."""
 
     def __init__(self, n_in, n_out):
         super().__init__()
@@ -190,7 +198,7 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        # The reference has 0.1 here whatever --dropout is; without dropout there is none.
+        # The released code has 0.1, whatever the other dropout is. Here 0 switches both off.
         # [decision_transformer/models/decision_transformer.py#L44]
         self.attention_dropout = min(0.1, config.dropout)
         self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
@@ -263,7 +271,7 @@ class DecisionTransformer(nn.Module):
             "act_dim": act_dim,
             "max_timestep": max_timestep,
         }
-        # Mean and deviation of the data's states, so that a checkpoint can be played without them.
+        # Of the data's states, so that a checkpoint can be played without the data.
         self.register_buffer("state_mean", torch.zeros(state_dim))
         self.register_buffer("state_std", torch.ones(state_dim))
         self.embed_timestep = nn.Embedding(max_timestep, width)
@@ -311,12 +319,12 @@ class DecisionTransformer(nn.Module):
         x = self.transformer.ln_f(x)
         # The token of s_t predicts a_t: it has seen R_t and s_t, but not a_t itself.
         at_states = x[:, 1::3]  # [batch, K, width]
-        # Not in bf16, where the tanh is flat beyond 3.6 and passes no gradient.
+        # Not in bf16, where tanh(3.6) is rounded to 1, so that its gradient 1 - tanh² is 0.
         with torch.autocast(states.device.type, enabled=False):
             # The action head is the embedding's matrix [width, act_dim] again, without a bias:
             # --share_input_output_proj of the released commands.
             # [decision_transformer/models/decision_transformer.py#L110]
-            return torch.tanh(at_states.float() @ self.embed_action.weight)
+            return torch.tanh(at_states @ self.embed_action.weight)
 
 
 # ==================================================================================================
@@ -344,9 +352,17 @@ class Backbone(NamedTuple):
 def load_backbone(args):
     """The Backbone that `args.backbone` names, downloaded if it is a hub id that is not cached."""
     if args.backbone in ("random", "random-gpt2"):
-        width = 128 if args.sample else 768  # the bundled GPT-2's size, or GPT-2 small's
+        # GPT-2 small's size, or that of the bundled GPT-2.
         num_blocks = 4 if args.sample else 12
-        block = BlockConfig(width, num_blocks, 4 * width, "gelu_new", dropout=args.dropout)
+        num_heads = 4 if args.sample else 12
+        width = 128 if args.sample else 768
+        block = BlockConfig(
+            n_embd=width,
+            n_head=num_heads,
+            n_inner=4 * width,
+            activation="gelu_new",
+            dropout=args.dropout,
+        )
         if args.backbone == "random":
             # The paper's control is not GPT-2's architecture. [experiment.py#L469]
             block = replace(block, n_head=1, activation="relu")
@@ -355,27 +371,25 @@ def load_backbone(args):
     source = HUB_IDS.get(args.backbone, args.backbone)
     if args.sample and args.backbone in BUNDLED:
         source = str(ASSETS / BUNDLED[args.backbone])
-    theirs, block = read_pretrained(source, args.dropout)
+    model, block = read_pretrained(source, args.dropout)
     if args.backbone == "igpt-as-gpt2":
         # The released code puts ImageGPT's weights into GPT-2's blocks, whose LayerNorm subtracts
         # the mean and adds a bias, new and zero.
         # [decision_transformer/models/decision_transformer.py#L46]
         block = replace(block, layer_norm="layernorm")
-    weights = theirs.state_dict()
+    weights = model.state_dict()
     for name in ("wte.weight", "wpe.weight"):  # word and position embeddings are not used
         del weights[name]
-    return Backbone([block] * len(theirs.h), block.layer_norm, weights)
+    return Backbone([block] * len(model.h), block.layer_norm, weights)
 
 
-@torch.no_grad()
 def read_pretrained(source, dropout):
     """transformers' own model of a GPT-2 or ImageGPT (a folder or hub id), and its BlockConfig.
 
-    Everything about the architecture comes from the checkpoint, but for the dropout. On every start
-    from a checkpoint transformers' model and our blocks are shown the same random embeddings, and
-    must give the same output: whatever this checkpoint computes and our blocks do not, shows here.
+    Everything about the architecture comes from the checkpoint, but for the dropout.
     """
-    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # asks the hub to convert a .bin
+    # transformers would ask the hub to convert a checkpoint that is kept as .bin.
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     import transformers  # here, because it takes seconds and random weights do not need it
 
     transformers.logging.set_verbosity_error()
@@ -388,15 +402,14 @@ def read_pretrained(source, dropout):
     if config.model_type not in ("gpt2", "imagegpt"):
         sys.exit(f"--backbone {source} is a {config.model_type}, not a GPT-2 or ImageGPT.")
     with explain(f"The weights of --backbone {source} cannot be loaded"):
-        theirs, report = transformers.AutoModel.from_pretrained(
+        model, report = transformers.AutoModel.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True
         )
     # transformers would draw them at random.
     missing = [name for name in report["missing_keys"] if name.startswith(("h.", "ln_f."))]
     if missing:
         sys.exit(f"In --backbone {source} these weights are missing: {missing[:3]}.")
-
-    with explain(f"--backbone {source} does not compute what a GPT-2 or ImageGPT does"):
+    with explain(f"--backbone {source} does not compute what our blocks do"):
         block = BlockConfig(
             n_embd=config.n_embd,
             n_head=config.n_head,
@@ -406,14 +419,24 @@ def read_pretrained(source, dropout):
             epsilon=config.layer_norm_epsilon,
             dropout=dropout,
         )
-        ours = nn.Sequential(*[Block(block) for _ in theirs.h]).eval()
-        ours.load_state_dict(theirs.h.state_dict())
-        theirs.wpe.weight.zero_()  # the position embedding, which is not used here
-        theirs.config.is_decoder = True  # without it transformers 5 gives ImageGPT no causal mask
-        x = torch.randn(1, 16, config.n_embd)  # [batch, tokens, width]
-        expected = theirs(inputs_embeds=x, use_cache=False).last_hidden_state
-        torch.testing.assert_close(theirs.ln_f(ours(x)), expected, rtol=1e-3, atol=1e-3)
-    return theirs, block
+        check_outputs(model, block)
+    return model, block
+
+
+@torch.no_grad()
+def check_outputs(theirs, block):
+    """Raise if transformers' model and our blocks with its weights differ in what they compute.
+
+    This runs on every start from a checkpoint: whatever another GPT-2 does that our blocks do not
+    (cross-attention, other scaling, ...) shows here, and so would an error of ours.
+    """
+    ours = nn.Sequential(*[Block(block) for _ in theirs.h]).eval()
+    ours.load_state_dict(theirs.h.state_dict())
+    theirs.wpe.weight.zero_()  # the position embedding, which is not used here
+    theirs.config.is_decoder = True  # without it transformers 5 gives ImageGPT no causal mask
+    x = torch.randn(1, 16, block.n_embd)  # [batch, tokens, width]
+    expected = theirs(inputs_embeds=x, use_cache=False).last_hidden_state
+    torch.testing.assert_close(theirs.ln_f(ours(x)), expected, rtol=1e-3, atol=1e-3)
 
 
 # ==================================================================================================
@@ -426,6 +449,8 @@ class Task(NamedTuple):
     expert_return: float
 
 
+# Minari's medium data were recorded by other policies than D4RL's, which the paper has used: for
+# numbers beside the paper's give --dataset hopper_medium-v2.hdf5.
 TASKS = {
     "Hopper": Task("mujoco/hopper/medium-v0", 3600, -20.272305, 3234.3),
     "HalfCheetah": Task("mujoco/halfcheetah/medium-v0", 6000, -280.178953, 12135.0),
@@ -469,11 +494,10 @@ def read_minari(dataset, env_id):
 
     `dataset` is a folder, or an id: bundled with --sample, kept by Minari, or else downloaded.
     """
-    for root in (ASSETS / "minari", Path(), get_dataset_path()):
-        folder = root / dataset / "data"
-        if folder.is_dir():
-            break
-    else:
+    roots = (ASSETS / "minari", Path(), get_dataset_path())
+    folders = [root / dataset / "data" for root in roots]
+    folder = next((folder for folder in folders if folder.is_dir()), folders[-1])
+    if not folder.is_dir():
         minari.download_dataset(dataset)
     metadata = json.loads((folder / "metadata.json").read_text())
     # Without these Minari would make the environment that the file names: it would run code.
@@ -496,7 +520,8 @@ def read_minari(dataset, env_id):
 def load_episodes(args, env):
     """The episodes of `args.dataset`, which must fit the environment.
 
-    All are kept. The released code drops the one of lowest return by a `<`. [experiment.py#L172]
+    All are kept. The released code loses the one of lowest return, by a `<` where a `<=` should be.
+    [experiment.py#L172]
     """
     name = f"--dataset {args.dataset}"
     with explain(
@@ -511,7 +536,7 @@ def load_episodes(args, env):
     expected = (env.single_observation_space.shape, env.single_action_space.shape)
     if shapes != expected:
         sys.exit(f"{name} has observations and actions of shapes {shapes}, {args.env} {expected}.")
-    if max(np.abs(episode.actions).max() for episode in episodes) > 1.001:
+    if max(np.abs(episode.actions).max() for episode in episodes) > 1.001:  # 1 may be rounded
         sys.exit(f"{name} has actions beyond -1 to 1, which the model cannot predict.")
     return episodes
 
@@ -530,9 +555,9 @@ class OfflineData:
         std[std < 2e-6] = 1
         # The return-to-go of a step is the undiscounted sum of its reward and of all later ones.
         rewards = [episode.rewards.astype(np.float64) for episode in episodes]
-        returns_to_go = np.concatenate([column[::-1].cumsum()[::-1] for column in rewards])
+        returns_to_go = np.concatenate([r[::-1].cumsum()[::-1] for r in rewards])
         timesteps = np.concatenate([np.arange(length) for length in lengths])
-        # Of each transition, the index behind the last one of its episode.
+        # For each transition, one past the index of the last one of its episode.
         episode_ends = np.repeat(np.cumsum(lengths), lengths)
 
         def float_tensor(values):
@@ -632,7 +657,7 @@ def evaluate(model, env, args):
         # What has been received need not be asked for again.
         to_go = (args.target_return - episode_returns) / args.return_scale
         returns_to_go[:, t, 0] = torch.as_tensor(np.float32(to_go), device=args.device)
-        rows = torch.as_tensor(np.flatnonzero(running), device=args.device)  # not yet over
+        rows = torch.as_tensor(np.flatnonzero(running), device=args.device)  # saves time
         context = slice(max(0, t - args.context_length + 1), t + 1)
         with autocast(args):
             predicted = model(
@@ -698,14 +723,15 @@ def make_model(args, backbone, data, max_timestep):
     )
     model.state_mean.copy_(data.state_mean)
     model.state_std.copy_(data.state_std)
-    # What the checkpoint has, it overwrites: nothing if random, one block if one is replaced.
+    # What `backbone` has, it overwrites. A random one has nothing, igpt-as-gpt2 no biases of the
+    # LayerNorms, and dt_no_context.py makes one that has a single block.
     weights = model.transformer.state_dict()
     weights.update(backbone.weights)
     model.transformer.load_state_dict(weights)
     if args.head_std is not None:
-        # nn.Linear draws this weight for act_dim inputs, not for the `width` inputs that it has as
-        # the action head: the final LayerNorm gives 768 numbers of variance 1, the tanh sees a
-        # standard deviation of 9 on Hopper, and nearly no gradient passes.
+        # nn.Linear draws this weight for its act_dim inputs, its deviation is 1 / sqrt(3 act_dim).
+        # As the action head it has `width` inputs, which the final LayerNorm gives a variance of 1:
+        # on Hopper the tanh sees a deviation of sqrt(768) / 3 = 9, and passes nearly no gradient.
         nn.init.normal_(model.embed_action.weight, std=args.head_std)
     return model.to(args.device)
 
@@ -728,12 +754,14 @@ def train(args, folder, backbone):
     env = make_env(args, args.num_eval_episodes)
     data = OfflineData(load_episodes(args, env), args)
     longest_episode = int(data.timesteps.max()) + 1
-    max_timestep = max(1000, longest_episode, env.spec.max_episode_steps or 0)
+    max_timestep = max(1000, longest_episode, env.spec.max_episode_steps or 0)  # 1000 as released
     model = make_model(args, backbone, data, max_timestep)
     optimizer = torch.optim.AdamW(
         model.parameters(),
+        lr=args.learning_rate,
         weight_decay=args.weight_decay,
-        eps=1e-8 if args.backbone.startswith("random") else 1e-6,  # [utils.py#L60]
+        # Two, as the released code takes one library's optimizer or the other's. [utils.py#L60]
+        eps=1e-8 if args.backbone.startswith("random") else 1e-6,
         fused=True,
     )
 
@@ -751,14 +779,14 @@ def train(args, folder, backbone):
         log = checkpoint["log"]
         print(f"{folder} goes on after epoch {checkpoint['epoch']}.")
 
-    # `trained_model` has the parameters of `model`, compiled for a GPU, or shared by processes.
-    trained_model = model
+    # The same parameters, as training uses them: compiled for a GPU, or shared by processes.
+    training_model = model
     if args.compile:
-        trained_model = torch.compile(trained_model, mode="reduce-overhead")  # CUDA graphs
+        training_model = torch.compile(training_model, mode="reduce-overhead")  # CUDA graphs
     if num_processes > 1:
         # Gradients are averaged. This mean of means gives a padded window slightly more weight than
         # one mean over all steps would.
-        trained_model = nn.parallel.DistributedDataParallel(trained_model)
+        training_model = nn.parallel.DistributedDataParallel(training_model)
 
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -767,7 +795,7 @@ def train(args, folder, backbone):
         writer.add_text("hyperparameters", "\n".join(["|argument|value|", "|-|-|", *rows]))
 
     for epoch in range(first_epoch, args.num_epochs + 1):  # epoch 0 is the model before training
-        num_steps = args.steps_per_epoch if epoch > 0 else 0
+        num_steps = args.steps_per_epoch if epoch > 0 else 0  # none, it is only evaluated
         # All chance in an epoch follows from the seed and the epoch's number alone, so that a run
         # that was interrupted gives the numbers of one that was not.
         rng = np.random.default_rng([args.seed, epoch, rank])
@@ -796,7 +824,7 @@ def train(args, folder, backbone):
 
             windows = data.windows(window_starts, args.context_length)
             with autocast(args):
-                loss, saturated_fraction = training_loss(trained_model, windows)
+                loss, saturated_fraction = training_loss(training_model, windows)
             loss.backward()
             # Here the gradient is clipped. Taken as one vector over all parameters, it is shortened
             # to max_grad_norm if it is longer; its direction stays. The norm returned is the one
@@ -842,7 +870,7 @@ def train(args, folder, backbone):
             writer.add_scalar(f"eval/{name}", value, step)
         tqdm.write(f"epoch {epoch}: return {returns.mean():.1f}, score {scores.mean():.1f}")
 
-        # First what can be looked at later; last, and in one step, what is needed to go on: a run
+        # latest.pt has all that is needed to go on. It is replaced last, and in one step: a run
         # that is killed anywhere repeats at most an epoch.
         frame.to_csv(folder / "log.csv", index=False)
         checkpoint = {
@@ -929,7 +957,7 @@ def explain(what):
 def complete_arguments(args, subject):
     """Fill in what was not given and depends on others; returns the folder of the run.
 
-    `subject` stands in its name: the backbone, or that there are several.
+    `subject` stands in its name. From here on Ctrl-C ends in a sentence that says how to go on.
     """
     env_name = args.env.split("-v")[0]
     if env_name not in TASKS and None in (args.dataset, args.target_return):
@@ -950,7 +978,7 @@ def complete_arguments(args, subject):
         script = Path(__file__).stem
         args.run_name = f"{args.env}__{script}__{subject}__{args.seed}__{time.time_ns()}"
     goes_on = f"Interrupted; the same command with --run-name {args.run_name} goes on."
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(goes_on))  # Ctrl-C
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(goes_on))
     return Path("runs") / args.run_name
 
 
