@@ -3,9 +3,8 @@
     python analyze_grads.py --sample                                    # two CPU cores
     python analyze_grads.py --backbones random gpt2 igpt-as-gpt2        # one epoch, as in the paper
     python analyze_grads.py --runs runs/ONE runs/ANOTHER --epochs 1 40  # finished runs
-    python analyze_grads.py --backbones igpt-as-gpt2 --num-epochs 10 --max-grad-norms 0.25 0
 
-The last one trains with and without clipping (App. G.3).
+Where ANOTHER is a run with --max-grad-norm inf, the last shows what clipping does (App. G.3).
 
 Paper: S. Takagi, "On the Effect of Pre-training for Transformer in Different Modality on Offline
 Reinforcement Learning", NeurIPS 2022, https://arxiv.org/abs/2211.09817 (sections 5.3, 5.4, App. G).
@@ -19,12 +18,14 @@ SPDX-License-Identifier: MIT
 import json
 import math
 import os
-import re
+
+os.environ["MPLBACKEND"] = "agg"  # notebooks set one that need not be there
+import signal
 import sys
 import time
 import warnings
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -34,18 +35,28 @@ import h5py
 import minari
 import mujoco
 import numpy as np
+import pandas as pd
+import seaborn as sns
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
+from minari.storage import get_dataset_path
+from pydantic import (
+    Field,
+    FiniteFloat,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
+from pydantic.dataclasses import dataclass
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-SCRIPT = Path(__file__).stem
 ASSETS = Path(__file__).resolve().parent / "tests" / "assets"
-RANK = int(os.environ.get("RANK", 0))  # set by torchrun, as is WORLD_SIZE
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
 # ==================================================================================================
@@ -53,23 +64,11 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 # ==================================================================================================
 @dataclass
 class Args:
-    # What this script looks at
-    backbones: tuple[str, ...] = ("random", "gpt2", "igpt")
-    """starting points to compare, each as --backbone of dt_pretrained.py takes it"""
-    max_grad_norms: tuple[float, ...] = (0.25,)
-    """clipping thresholds; training is repeated for each, 0 switches clipping off (App. G.3)"""
-    runs: tuple[str, ...] = ()
-    """finished runs of any script to analyze instead of training"""
-    epochs: tuple[int, ...] = ()
-    """epochs whose models are analyzed; by default the last"""
-    norm_windows: int = 100
-    """windows whose single gradients are measured"""
-    confusion_windows: int = 50
-    """how many of them are compared with each other, pair by pair"""
-
-    backbone: tyro.conf.Suppress[str] = ""  # of one run, which the script sets
-    max_grad_norm: tyro.conf.Suppress[float] = 0.25
     # Starting point and data
+    backbone: str = "gpt2"
+    """gpt2, igpt, igpt-as-gpt2 (the paper's way of loading ImageGPT), random (the paper's control:
+    one head, ReLU), random-gpt2 (GPT-2's architecture), a hub id or folder; with --sample also
+    markov (trained on a Markov chain's sequences)"""
     env: str = "Hopper-v4"
     """Hopper, HalfCheetah or Walker2d, -v4 or -v5; others need --dataset and --target-return"""
     dataset: str | None = None
@@ -78,70 +77,95 @@ class Args:
     """bundled data and small backbones, and sizes for two CPU cores where none are given"""
 
     # Model
-    context_length: int = 20
+    context_length: PositiveInt = 20
     """K, the number of time steps that the model sees"""
-    dropout: float = 0.2
+    dropout: float = Field(0.2, ge=0, lt=1)
     """on the residual branches; on attention weights and the backbone's input it is at most 0.1"""
-    head_std: float | None = None
-    """standard deviation of the initial action embedding, which is the action head too; by default
-    nn.Linear's, as in the paper, with which the tanh of the actions starts saturated (try 0.02)"""
+    head_std: PositiveFloat | None = None
+    """standard deviation of the initial weights of the action embedding, which are those of the
+    action head too; None is the paper's, nn.Linear's default, with which the tanh of the actions
+    starts saturated: on Hopper it sees a deviation of 9 (try 0.02)"""
+    return_scale: PositiveFloat = 1000
+    """returns-to-go are divided by this: take about the size of a return of your data"""
 
     # Optimization
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """windows per training step, of all processes together"""
-    learning_rate: float = 1e-4
+    learning_rate: PositiveFloat = 1e-4
     """of AdamW, after the warm-up"""
-    weight_decay: float = 1e-4
+    weight_decay: NonNegativeFloat = 1e-4
     """of AdamW, on all parameters"""
-    warmup_steps: int = 5000
+    warmup_steps: NonNegativeInt = 5000
     """training steps over which the learning rate rises linearly"""
-    num_epochs: int = 1
+    max_grad_norm: PositiveFloat = 0.25
+    """gradients longer than this are shortened to it; inf switches clipping off (App. G.3)"""
+    num_epochs: PositiveInt = 40
     """epochs, each followed by an evaluation"""
-    steps_per_epoch: int = 2500
+    steps_per_epoch: PositiveInt = 2500
     """training steps per epoch"""
 
     # Evaluation
-    num_eval_episodes: int = 100
+    num_eval_episodes: PositiveInt = 100
     """episodes per evaluation"""
-    target_return: float | None = None
+    target_return: FiniteFloat | None = None
     """return to ask for; by default Hopper 3600, HalfCheetah 6000, Walker2d 5000"""
 
     # Run
-    seed: int = 666
-    """fixes initial weights, windows, dropout and evaluation episodes"""
-    device: str = "auto"
-    """auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, mps"""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """of matrix products, weights are always float32; auto is bf16 where that is fast"""
+    seed: NonNegativeInt = 666
+    """fixes initial weights, windows, dropout and evaluation episodes; the paper has 666 and 42"""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """cpu, cuda, cuda:1, mps"""
+    precision: Literal["bf16", "fp32"] = (
+        "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    )
+    """of matrix products; weights are always float32"""
     compile: bool = torch.cuda.is_available()
     """torch.compile the model"""
-    save_epochs: tuple[int, ...] = (0, 1)
+    save_epochs: tuple[NonNegativeInt, ...] = (0, 1, 4)
     """epochs whose model is kept, 0 being before training; the last is always kept"""
+    capture_video: bool = False
+    """record an episode of the best and of the last model, as best.gif and last.gif"""
     run_name: str | None = None
-    """folder under runs/; the same command with the same name goes on where the run stopped"""
+    """folder under runs/, by default a new one; the same command with the same name goes on where
+    the run stopped"""
 
 
-# What --sample changes where nothing else is given; models that small need no dropout.
+# What --sample changes where nothing else is given. Models that small need no dropout, and with the
+# paper's head (--head-std None) their actions would be saturated for most of so short a run.
 SAMPLE = Args(
     sample=True,
     dropout=0.0,
+    head_std=0.02,
     batch_size=8,
     learning_rate=1e-3,
     warmup_steps=700,
+    num_epochs=2,
     steps_per_epoch=700,
     num_eval_episodes=8,
 )
-# What may differ from before when a run is gone on with.
-MAY_DIFFER = {
-    "num_epochs",
-    "save_epochs",
-    "backbones",
-    "max_grad_norms",
-    "runs",
-    "epochs",
-    "norm_windows",
-    "confusion_windows",
-}
+
+
+# ==================================================================================================
+# Arguments of the analysis
+# ==================================================================================================
+@dataclass
+class Analysis:
+    backbones: tuple[str, ...] = ("random", "gpt2", "igpt")
+    """starting points to compare, each as --backbone has it, which itself is not taken here"""
+    runs: tuple[Path, ...] = ()
+    """finished runs of any script to analyze instead of training"""
+    epochs: tuple[NonNegativeInt, ...] = (1,)
+    """epochs whose models are analyzed; of finished runs, such as were kept (--save-epochs)"""
+    norm_windows: int = Field(100, ge=2)
+    """windows whose single gradients are measured"""
+    confusion_windows: int = Field(50, ge=2)
+    """how many of them are compared with each other, pair by pair"""
+
+
+@dataclass
+class Config:
+    analysis: Analysis
+    training: Args
 
 
 # ==================================================================================================
@@ -178,7 +202,7 @@ class BlockConfig:
 
 
 class Conv1D(nn.Module):
-    """A linear layer that keeps its weight as [in, out], as GPT-2's checkpoints do."""
+    """A linear layer, by the name and with the weight [in, out] that GPT-2's checkpoints have."""
 
     def __init__(self, n_in, n_out):
         super().__init__()
@@ -195,7 +219,7 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        # The reference has 0.1 here whatever --dropout is; without dropout there is none.
+        # The released code has 0.1, whatever the other dropout is. Here 0 switches both off.
         # [decision_transformer/models/decision_transformer.py#L44]
         self.attention_dropout = min(0.1, config.dropout)
         self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
@@ -268,6 +292,9 @@ class DecisionTransformer(nn.Module):
             "act_dim": act_dim,
             "max_timestep": max_timestep,
         }
+        # Of the data's states, so that a checkpoint can be played without the data.
+        self.register_buffer("state_mean", torch.zeros(state_dim))
+        self.register_buffer("state_std", torch.ones(state_dim))
         self.embed_timestep = nn.Embedding(max_timestep, width)
         self.embed_return = nn.Linear(1, width)
         self.embed_state = nn.Linear(state_dim, width)
@@ -313,12 +340,12 @@ class DecisionTransformer(nn.Module):
         x = self.transformer.ln_f(x)
         # The token of s_t predicts a_t: it has seen R_t and s_t, but not a_t itself.
         at_states = x[:, 1::3]  # [batch, K, width]
-        # Not in bf16, where the tanh is flat beyond 3.6 and passes no gradient.
+        # Not in bf16, where tanh(3.6) is rounded to 1, so that its gradient 1 - tanh² is 0.
         with torch.autocast(states.device.type, enabled=False):
             # The action head is the embedding's matrix [width, act_dim] again, without a bias:
             # --share_input_output_proj of the released commands.
             # [decision_transformer/models/decision_transformer.py#L110]
-            return torch.tanh(at_states.float() @ self.embed_action.weight)
+            return torch.tanh(at_states @ self.embed_action.weight)
 
 
 # ==================================================================================================
@@ -341,139 +368,96 @@ class Backbone(NamedTuple):
     blocks: list[BlockConfig]
     final_norm: str
     weights: dict[str, torch.Tensor]  # by their names under model.transformer; none if random
-    pretrained: bool
-    source: str
 
 
 def load_backbone(args):
     """The Backbone that `args.backbone` names, downloaded if it is a hub id that is not cached."""
     if args.backbone in ("random", "random-gpt2"):
-        return random_backbone(args)
+        # GPT-2 small's size, or that of the bundled GPT-2.
+        num_blocks = 4 if args.sample else 12
+        num_heads = 4 if args.sample else 12
+        width = 128 if args.sample else 768
+        block = BlockConfig(
+            n_embd=width,
+            n_head=num_heads,
+            n_inner=4 * width,
+            activation="gelu_new",
+            dropout=args.dropout,
+        )
+        if args.backbone == "random":
+            # The paper's control is not GPT-2's architecture. [experiment.py#L469]
+            block = replace(block, n_head=1, activation="relu")
+        return Backbone([block] * num_blocks, "layernorm", weights={})
+
+    source = HUB_IDS.get(args.backbone, args.backbone)
     if args.sample and args.backbone in BUNDLED:
         source = str(ASSETS / BUNDLED[args.backbone])
-    elif args.backbone == "markov":
-        stop(
-            "markov is bundled for --sample only: make a larger one with "
-            "tests/tools/build_assets.py --what markov and give its folder."
-        )
-    else:
-        source = HUB_IDS.get(args.backbone, args.backbone)
-
-    config, weights = read_pretrained(source)
-    # Everything about the architecture comes from the checkpoint, but for the dropout.
-    layer_norm = "rmsnorm" if config.model_type == "imagegpt" else "layernorm"
+    model, block = read_pretrained(source, args.dropout)
     if args.backbone == "igpt-as-gpt2":
         # The released code puts ImageGPT's weights into GPT-2's blocks, whose LayerNorm subtracts
         # the mean and adds a bias, new and zero.
         # [decision_transformer/models/decision_transformer.py#L46]
-        layer_norm = "layernorm"
-    block = BlockConfig(
-        n_embd=config.n_embd,
-        n_head=config.n_head,
-        n_inner=config.n_inner or 4 * config.n_embd,
-        activation=config.activation_function,
-        layer_norm=layer_norm,
-        epsilon=config.layer_norm_epsilon,
-        dropout=args.dropout,
-    )
-    return Backbone(
-        blocks=[block] * config.n_layer,
-        final_norm=layer_norm,
-        weights=weights,
-        pretrained=True,
-        source=source,
-    )
+        block = replace(block, layer_norm="layernorm")
+    weights = model.state_dict()
+    for name in ("wte.weight", "wpe.weight"):  # word and position embeddings are not used
+        del weights[name]
+    return Backbone([block] * len(model.h), block.layer_norm, weights)
 
 
-def random_backbone(args):
-    """A random Transformer of GPT-2 small's size, or of the bundled GPT-2's."""
-    num_blocks = 4 if args.sample else 12
-    num_heads = 4 if args.sample else 12
-    width = 128 if args.sample else 768
-    block = BlockConfig(
-        n_embd=width,
-        n_head=num_heads,
-        n_inner=4 * width,
-        activation="gelu_new",
-        dropout=args.dropout,
-    )
-    if args.backbone == "random":
-        # The paper's control is not GPT-2's architecture. [experiment.py#L469]
-        block = replace(block, n_head=1, activation="relu")
-    return Backbone(
-        blocks=[block] * num_blocks,
-        final_norm="layernorm",
-        weights={},
-        pretrained=False,
-        source=f"seed {args.seed}",
-    )
+def read_pretrained(source, dropout):
+    """transformers' own model of a GPT-2 or ImageGPT (a folder or hub id), and its BlockConfig.
 
-
-def read_pretrained(source):
-    """Configuration and weights of a GPT-2 or ImageGPT in a folder, in the hub's cache, on the hub.
-
-    Word and position embeddings are left out. transformers only reads the file: the model that is
-    trained is the one above, which the tests hold against transformers' own.
+    Everything about the architecture comes from the checkpoint, but for the dropout.
     """
     # transformers would ask the hub to convert a checkpoint that is kept as .bin.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     import transformers  # here, because it takes seconds and random weights do not need it
-    from huggingface_hub.constants import HF_HUB_CACHE
 
     transformers.logging.set_verbosity_error()
-    model_classes = {"gpt2": transformers.GPT2Model, "imagegpt": transformers.ImageGPTModel}
-    hint = (
-        f"--backbone takes {', '.join(HUB_IDS)}, random, random-gpt2, or the hub id or folder of a "
-        "GPT-2 or ImageGPT; or try --sample"
-    )
-    cache = Path(HF_HUB_CACHE) / f"models--{source.replace('/', '--')}"
-    if cache.exists() and not Path(source).exists():
-        hint = f"if a download was cut or damaged, delete {cache} and start again"
-    try:
-        config = transformers.AutoConfig.from_pretrained(source)
-    except Exception as error:
-        stop(f"The backbone {source} cannot be loaded ({first_line(error)}): {hint}.")
-    if config.model_type not in model_classes:
-        stop(f"The backbone {source} is a {config.model_type}: {hint}.")
-    if config.activation_function not in ACTIVATIONS:
-        stop(f"The activation {config.activation_function} of {source} is none of ACTIVATIONS.")
-    if config.add_cross_attention:
-        stop(f"The backbone {source} has cross-attention, which is not implemented here.")
-    if not config.scale_attn_weights or config.scale_attn_by_inverse_layer_idx:
-        stop(f"The backbone {source} scales its attention in a way that is not implemented here.")
-    if config.n_head < 1 or config.n_embd % config.n_head != 0:
-        stop(f"The backbone {source} has n_head {config.n_head} for n_embd {config.n_embd}.")
-
-    try:
-        model, report = model_classes[config.model_type].from_pretrained(
-            source,
-            config=config,
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are reported, and refused below
-            key_mapping={r"^(_orig_mod\.|module\.)+": ""},  # of torch.compile and DataParallel
+    # The configuration first: a Llama is refused before its 14 GB are fetched.
+    with explain(
+        f"--backbone {source} cannot be loaded; it takes {', '.join(HUB_IDS)}, random, random-gpt2 "
+        "or the hub id or folder of a GPT-2 or ImageGPT; --sample needs no network"
+    ):
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+    if config.model_type not in ("gpt2", "imagegpt"):
+        sys.exit(f"--backbone {source} is a {config.model_type}, not a GPT-2 or ImageGPT.")
+    with explain(f"The weights of --backbone {source} cannot be loaded"):
+        model, report = transformers.AutoModel.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True
         )
-    except Exception as error:
-        stop(f"The backbone {source} cannot be loaded ({first_line(error)}): {hint}.")
-    bad_names = []
-    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        for name in map(str, report[kind]):  # of a mismatch, the name and both shapes
-            # Word embeddings and output heads are not used here, and may be anything.
-            is_used = "h." in name or "ln_f." in name
-            # Old checkpoints keep the causal mask of each block among their weights.
-            is_mask = name.endswith((".attn.bias", ".attn.masked_bias"))
-            if is_used and not is_mask:
-                bad_names.append(name)
-    if bad_names:
-        stop(f"In the backbone {source} these are missing, misshapen or unknown: {bad_names[:3]}.")
+    # transformers would draw them at random.
+    missing = [name for name in report["missing_keys"] if name.startswith(("h.", "ln_f."))]
+    if missing:
+        sys.exit(f"In --backbone {source} these weights are missing: {missing[:3]}.")
+    with explain(f"--backbone {source} does not compute what our blocks do"):
+        block = BlockConfig(
+            n_embd=config.n_embd,
+            n_head=config.n_head,
+            n_inner=config.n_inner or 4 * config.n_embd,
+            activation=config.activation_function,
+            layer_norm="rmsnorm" if config.model_type == "imagegpt" else "layernorm",
+            epsilon=config.layer_norm_epsilon,
+            dropout=dropout,
+        )
+        check_outputs(model, block)
+    return model, block
 
-    weights = {}
-    for name, weight in model.state_dict().items():
-        if not name.startswith(("wte.", "wpe.")):
-            weights[name] = weight
-            if not weight.isfinite().all():
-                stop(f"The weight {name} of the backbone {source} has numbers that are not finite.")
-    return config, weights
+
+@torch.no_grad()
+def check_outputs(theirs, block):
+    """Raise if transformers' model and our blocks with its weights differ in what they compute.
+
+    This runs on every start from a checkpoint: whatever another GPT-2 does that our blocks do not
+    (cross-attention, other scaling, ...) shows here, and so would an error of ours.
+    """
+    ours = nn.Sequential(*[Block(block) for _ in theirs.h]).eval()
+    ours.load_state_dict(theirs.h.state_dict())
+    theirs.wpe.weight.zero_()  # the position embedding, which is not used here
+    theirs.config.is_decoder = True  # without it transformers 5 gives ImageGPT no causal mask
+    x = torch.randn(1, 16, block.n_embd)  # [batch, tokens, width]
+    expected = theirs(inputs_embeds=x, use_cache=False).last_hidden_state
+    torch.testing.assert_close(theirs.ln_f(ours(x)), expected, rtol=1e-3, atol=1e-3)
 
 
 # ==================================================================================================
@@ -486,12 +470,13 @@ class Task(NamedTuple):
     expert_return: float
 
 
+# Minari's medium data were recorded by other policies than D4RL's, which the paper has used: for
+# numbers beside the paper's give --dataset hopper_medium-v2.hdf5.
 TASKS = {
     "Hopper": Task("mujoco/hopper/medium-v0", 3600, -20.272305, 3234.3),
     "HalfCheetah": Task("mujoco/halfcheetah/medium-v0", 6000, -280.178953, 12135.0),
     "Walker2d": Task("mujoco/walker2d/medium-v0", 5000, 1.629008, 4592.3),
 }
-RETURN_SCALE = 1000  # returns-to-go are divided by this, so that the model sees a few units
 
 
 class Episode(NamedTuple):
@@ -516,117 +501,69 @@ def read_d4rl(path):
     [data/download_d4rl_datasets.py#L41]
     """
     with h5py.File(path) as file:
-        observations = file["observations"][()]  # all of it
-        actions = file["actions"][()]
-        rewards = file["rewards"][()]
-        terminals = file["terminals"][()]  # the policy failed
-        if "timeouts" in file:
-            timeouts = file["timeouts"][()]  # the time was up
-        else:  # as in D4RL's -v0 files
-            print(f"{path} has no timeouts: an episode ends where terminals are set, only there.")
-            timeouts = np.zeros_like(terminals)
-    for name, column in (("terminals", terminals), ("timeouts", timeouts)):
-        if column.ndim != 1 or column.dtype.kind not in "biuf":  # booleans or numbers
-            stop(f"The {name} of {path} are not one yes or no a step.")
-    if not len(observations) == len(actions) == len(rewards) == len(terminals) == len(timeouts):
-        stop(f"The columns of {path} differ in length.")
-    episodes = []
-    start = 0
-    for last_step in np.flatnonzero(terminals.astype(bool) | timeouts.astype(bool)):
-        steps = slice(start, last_step + 1)
-        episodes.append(Episode(observations[steps], actions[steps], rewards[steps]))
-        start = last_step + 1
-    return episodes
+        # An episode ends where the policy failed, or where the time was up.
+        is_last = file["terminals"][()].astype(bool) | file["timeouts"][()].astype(bool)
+        ends = np.flatnonzero(is_last) + 1
+        columns = [np.split(file[name][()], ends)[:-1] for name in Episode._fields]
+    return [Episode(*column) for column in zip(*columns)]
 
 
-def find_minari(dataset):
-    """The folder of a Minari data set: bundled, given as a path, or where Minari keeps it."""
-    for folder in (ASSETS / "minari" / dataset, Path(dataset)):
-        if folder.is_dir():
-            return folder
-    folder = minari.storage.get_dataset_path(dataset)
-    if not folder.exists():
+def read_minari(dataset, env_id):
+    """The episodes of a Minari data set that was recorded in `env_id`, in any version of it.
+
+    `dataset` is a folder, or an id: bundled with --sample, kept by Minari, or else downloaded.
+    """
+    roots = (ASSETS / "minari", Path(), get_dataset_path())
+    folders = [root / dataset / "data" for root in roots]
+    folder = next((folder for folder in folders if folder.is_dir()), folders[-1])
+    if not folder.is_dir():
         minari.download_dataset(dataset)
-    return folder
-
-
-def read_minari(folder, env_id):
-    """The episodes of a Minari data set of the environment `env_id`, in any version."""
-    metadata = json.loads((folder / "data" / "metadata.json").read_text())
+    metadata = json.loads((folder / "metadata.json").read_text())
     # Without these Minari would make the environment that the file names: it would run code.
     if not metadata.get("observation_space") or not metadata.get("action_space"):
-        stop(f"{folder} does not say what its observations and actions are, and is not opened.")
-    recorded_in = json.loads(metadata.get("env_spec") or "{}").get("id", env_id)
-    if recorded_in.rsplit("-v", 1)[0] != env_id.rsplit("-v", 1)[0]:
-        stop(f"{folder} was recorded in {recorded_in}, not in {env_id}.")
+        sys.exit(f"{folder} does not say what its observations and actions are: it is not opened.")
+    # Minari keeps the name of an environment without the module that it came from.
+    env_id = env_id.split(":")[-1]
+    recorded_in = json.loads(metadata.get("env_spec") or "{}").get("id", env_id).split(":")[-1]
+    if recorded_in.split("-v")[0] != env_id.split("-v")[0]:
+        sys.exit(f"{folder} was recorded in {recorded_in}, not in {env_id}.")
+    if recorded_in != env_id:  # Hopper and HalfCheetah behave alike in -v4 and -v5, Walker2d not
+        print(f"The data were recorded in {recorded_in}, the model is evaluated in {env_id}.")
     episodes = []
-    for episode in minari.MinariDataset(folder / "data").iterate_episodes():
+    for episode in minari.MinariDataset(folder).iterate_episodes():
         # Minari also keeps the observation after the last action.
-        observations = episode.observations[: len(episode.actions)]
-        episodes.append(Episode(observations, episode.actions, episode.rewards))
+        episodes.append(Episode(episode.observations[:-1], episode.actions, episode.rewards))
     return episodes
 
 
 def load_episodes(args, env):
-    """The episodes of `args.dataset`, checked against the environment that they are meant for.
+    """The episodes of `args.dataset`, which must fit the environment.
 
-    All are kept. The released code drops the one of lowest return by a `<`. [experiment.py#L172]
+    All are kept. The released code loses the one of lowest return, by a `<` where a `<=` should be.
+    [experiment.py#L172]
     """
-    advice = (
-        "it takes a D4RL file, or a folder or id of Minari, which is looked for under "
-        "MINARI_DATASETS_PATH and on its server; or try --sample"
-    )
-    try:
+    name = f"--dataset {args.dataset}"
+    with explain(
+        f"{name} is no D4RL file and no folder or id of Minari that can be read; if a download was "
+        f"cut, delete its folder under {get_dataset_path()}; --sample needs no network"
+    ):
         if Path(args.dataset).is_file():
             episodes = read_d4rl(args.dataset)
         else:
-            folder = find_minari(args.dataset)
-            advice = f"if a download was cut, delete {folder} and start again"
-            episodes = read_minari(folder, args.env)
-    except Exception as error:
-        stop(f"--dataset {args.dataset} cannot be read ({first_line(error)}): {advice}.")
-    check_episodes(episodes, args, env)
+            episodes = read_minari(args.dataset, args.env)
+    shapes = (episodes[0].observations.shape[1:], episodes[0].actions.shape[1:])
+    expected = (env.single_observation_space.shape, env.single_action_space.shape)
+    if shapes != expected:
+        sys.exit(f"{name} has observations and actions of shapes {shapes}, {args.env} {expected}.")
+    if max(np.abs(episode.actions).max() for episode in episodes) > 1.001:  # 1 may be rounded
+        sys.exit(f"{name} has actions beyond -1 to 1, which the model cannot predict.")
     return episodes
-
-
-def check_episodes(episodes, args, env):
-    """Stop with a sentence if training on these episodes would fail, or would make no sense."""
-    name = f"--dataset {args.dataset}"
-    if not episodes:
-        stop(f"{name} has no episode.")
-    state_shape = env.single_observation_space.shape
-    action_shape = env.single_action_space.shape
-    for episode in episodes:
-        length = len(episode.rewards)
-        if length == 0:
-            stop(f"{name} has an episode without a step.")
-        if len(episode.observations) != length or len(episode.actions) != length:
-            stop(f"{name} has an episode whose columns differ in length.")
-        if episode.observations.shape[1:] != state_shape:
-            found = episode.observations.shape[1:]
-            stop(f"{name} has observations of shape {found}, {args.env} has {state_shape}.")
-        if episode.actions.shape[1:] != action_shape:
-            stop(f"{name} has actions of shape {episode.actions.shape[1:]}, not {action_shape}.")
-        if episode.rewards.ndim != 1:
-            stop(f"{name} has rewards of shape {episode.rewards.shape[1:]}, not one number a step.")
-        for column in episode:
-            if column.dtype.kind not in "fiu":
-                stop(f"{name} holds {column.dtype} where numbers are expected.")
-            if not np.isfinite(column).all():
-                stop(f"{name} has numbers that are not finite.")
-        if np.abs(episode.actions).max() > 1.001:
-            stop(f"{name} has actions beyond -1 to 1, which the model cannot predict.")
-        if np.abs(episode.rewards.astype(np.float64)).sum() > 1e30:
-            stop(f"{name} has returns beyond 1e30.")
-    longest = max(len(episode.rewards) for episode in episodes)
-    if args.context_length > longest:
-        stop(f"--context-length {args.context_length} is beyond the longest episode, {longest}.")
 
 
 class OfflineData:
     """The N transitions of all episodes, one after the other, as tensors on the device."""
 
-    def __init__(self, episodes, device):
+    def __init__(self, episodes, args):
         lengths = [len(episode.rewards) for episode in episodes]
         observations = np.concatenate([episode.observations for episode in episodes])
         actions = np.concatenate([episode.actions for episode in episodes])
@@ -637,21 +574,21 @@ class OfflineData:
         std[std < 2e-6] = 1
         # The return-to-go of a step is the undiscounted sum of its reward and of all later ones.
         rewards = [episode.rewards.astype(np.float64) for episode in episodes]
-        returns_to_go = np.concatenate([column[::-1].cumsum()[::-1] for column in rewards])
+        returns_to_go = np.concatenate([r[::-1].cumsum()[::-1] for r in rewards])
         timesteps = np.concatenate([np.arange(length) for length in lengths])
-        # Of each transition, the index behind the last one of its episode.
+        # For each transition, one past the index of the last one of its episode.
         episode_ends = np.repeat(np.cumsum(lengths), lengths)
 
         def float_tensor(values):
-            return torch.as_tensor(np.float32(values), device=device)
+            return torch.as_tensor(np.float32(values), device=args.device)
 
         self.state_mean = float_tensor(mean)  # [state_dim]
         self.state_std = float_tensor(std)  # [state_dim]
         self.states = float_tensor((observations - mean) / std)  # [N, state_dim]
         self.actions = float_tensor(actions)  # [N, act_dim]
-        self.returns_to_go = float_tensor(returns_to_go[:, None] / RETURN_SCALE)  # [N, 1]
-        self.timesteps = torch.as_tensor(timesteps, device=device)  # [N]
-        self.episode_ends = torch.as_tensor(episode_ends, device=device)  # [N]
+        self.returns_to_go = float_tensor(returns_to_go[:, None] / args.return_scale)  # [N, 1]
+        self.timesteps = torch.as_tensor(timesteps, device=args.device)  # [N]
+        self.episode_ends = torch.as_tensor(episode_ends, device=args.device)  # [N]
 
     def windows(self, starts, context_length):
         """The Windows of K steps from the transitions `starts` [batch] on, by an index lookup.
@@ -678,33 +615,37 @@ class OfflineData:
 warnings.filterwarnings("ignore", message=".*is out of date.*")
 
 
+# HalfCheetah's model file sets off a deprecation warning for every copy; all else should be seen.
+def warn_of_mujoco(text):
+    if "deprecated" not in text:
+        print(f"mujoco: {text}", file=sys.stderr)
+
+
+mujoco.set_mju_user_warning(warn_of_mujoco)
+
+
 def make_env(args, num_copies, **options):
     """A gymnasium vector environment of `num_copies` copies of `args.env`."""
-    try:
+    with explain(f"--env {args.env} cannot be made"):
         # In one process: a step of MuJoCo takes less time than to pass it to another.
         env = gym.make_vec(args.env, num_copies, vectorization_mode="sync", **options)
-    except Exception as error:
-        stop(f"The environment {args.env} cannot be made ({first_line(error)}).")
-    space = env.single_action_space
-    is_unit_box = isinstance(space, gym.spaces.Box) and (np.abs([space.low, space.high]) == 1).all()
-    if not is_unit_box:
-        stop(f"{args.env} has actions {space}; the model's are continuous, from -1 to 1.")
+    states = env.single_observation_space
+    actions = env.single_action_space
+    if not isinstance(states, gym.spaces.Box) or len(states.shape) != 1:
+        sys.exit(f"{args.env} has observations {states}; the model's are vectors.")
+    if actions != gym.spaces.Box(-1, 1, actions.shape, actions.dtype):
+        sys.exit(f"{args.env} has actions {actions}; the model's are continuous, from -1 to 1.")
     return env
 
 
-def autocast(args, device):
+def autocast(args):
     """Matrix products in bf16 if `args.precision` says so; all else stays in float32."""
-    if args.precision == "auto" and device.type == "cuda":
-        use_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif args.precision == "auto":  # without these instructions bf16 is slower than float32
-        use_bf16 = bool(torch.cpu.get_capabilities().get("avx512_bf16"))
-    else:
-        use_bf16 = args.precision == "bf16"
-    return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16)
+    device_type = torch.device(args.device).type
+    return torch.autocast(device_type, torch.bfloat16, enabled=args.precision == "bf16")
 
 
 @torch.no_grad()
-def evaluate(model, env, state_mean, state_std, args):
+def evaluate(model, env, args):
     """Play one episode in each copy of `env`, all at once, seeded args.seed, args.seed + 1, ...
 
     Returns the undiscounted returns and the lengths of the episodes, both [episodes]. The model is
@@ -713,47 +654,43 @@ def evaluate(model, env, state_mean, state_std, args):
     [decision_transformer/evaluation/evaluate_episodes.py#L112]
     """
     model.eval()
-    device = state_mean.device
     num_episodes = env.num_envs
     horizon = env.spec.max_episode_steps or 1000
-    state_dim = env.single_observation_space.shape[0]
-    act_dim = env.single_action_space.shape[0]
 
-    # What the model has seen and done, filled in step by step.
-    returns_to_go = torch.zeros(num_episodes, horizon + 1, 1, device=device)
-    states = torch.zeros(num_episodes, horizon, state_dim, device=device)
-    actions = torch.zeros(num_episodes, horizon, act_dim, device=device)  # a_t is 0 until predicted
-    # Where an episode outlasts the embedded time steps, the last is repeated.
-    timesteps = torch.arange(horizon, device=device)
-    timesteps = timesteps.clamp(max=model.embed_timestep.num_embeddings - 1)
-    timesteps = timesteps.expand(num_episodes, -1)
+    # What the model has seen and done, filled in step by step; a_t is 0 until it is predicted.
+    def zeros(*shape):
+        return torch.zeros(num_episodes, horizon, *shape, device=args.device)
+
+    returns_to_go = zeros(1)
+    states = zeros(*env.single_observation_space.shape)
+    actions = zeros(*env.single_action_space.shape)
+    timesteps = torch.arange(horizon, device=args.device).expand(num_episodes, -1)
     episode_returns = np.zeros(num_episodes)
     episode_lengths = np.zeros(num_episodes, dtype=int)
     running = np.ones(num_episodes, dtype=bool)
 
     observations, _ = env.reset(seed=args.seed)
-    returns_to_go[:, 0] = args.target_return / RETURN_SCALE
     for t in tqdm(range(horizon), desc="evaluation", unit="step", leave=False):
-        observations = torch.as_tensor(observations, dtype=torch.float32, device=device)
-        states[:, t] = (observations - state_mean) / state_std
-        rows = torch.as_tensor(np.flatnonzero(running), device=device)  # episodes not yet over
+        observations = torch.as_tensor(np.float32(observations), device=args.device)
+        states[:, t] = (observations - model.state_mean) / model.state_std
+        # What has been received need not be asked for again.
+        to_go = (args.target_return - episode_returns) / args.return_scale
+        returns_to_go[:, t, 0] = torch.as_tensor(np.float32(to_go), device=args.device)
+        rows = torch.as_tensor(np.flatnonzero(running), device=args.device)  # saves time
         context = slice(max(0, t - args.context_length + 1), t + 1)
-        with autocast(args, device):
+        with autocast(args):
             predicted = model(
                 returns_to_go[rows, context],
                 states[rows, context],
                 actions[rows, context],
                 timesteps[rows, context],
             )
-        actions[rows, t] = predicted[:, -1].float()
+        actions[rows, t] = predicted[:, -1]
 
         # Copies that are done go on until all are; what they do from then on is not counted.
         observations, rewards, terminated, truncated, _ = env.step(actions[:, t].cpu().numpy())
         episode_returns += rewards * running
         episode_lengths += running
-        # What has been received need not be asked for again.
-        scaled_rewards = torch.as_tensor(np.float32(rewards / RETURN_SCALE), device=device)
-        returns_to_go[:, t + 1, 0] = returns_to_go[:, t, 0] - scaled_rewards
         running &= ~(terminated | truncated)
         if not running.any():
             break
@@ -767,42 +704,16 @@ def normalized_score(env_id, episode_return):
     its scores are on another scale.
     [analysis/section-4-sanity-check/compute_normalized_score.py#L48]
     """
-    task = TASKS.get(env_id.rsplit("-v", 1)[0])
+    task = TASKS.get(env_id.split("-v")[0])
     if task is None:
-        return math.nan
+        return math.nan * episode_return
     return 100 * (episode_return - task.random_return) / (task.expert_return - task.random_return)
-
-
-def summarize_episodes(returns, lengths, args, rng):
-    """What is recorded of an evaluation: mean return with its 95 % interval, length and score.
-
-    The interval is a bootstrap over the episodes of this evaluation; the next epoch's mean may lie
-    far outside of it.
-    """
-    resampled = rng.choice(returns, size=(10_000, len(returns)))
-    low, high = np.percentile(resampled.mean(axis=1), [2.5, 97.5])
-    return {
-        "return_mean": returns.mean().item(),
-        "return_low": low.item(),
-        "return_high": high.item(),
-        "length_mean": lengths.mean().item(),
-        "normalized_score": normalized_score(args.env, returns.mean().item()),
-    }
 
 
 # ==================================================================================================
 # Training
 # ==================================================================================================
 METRICS = ("loss", "saturated_fraction", "grad_norm", "clipped_fraction")  # of each training step
-
-
-class Run(NamedTuple):
-    """A training run, as it ended or as it was read from its folder."""
-
-    folder: Path
-    args: dict
-    records: list[dict]  # one per epoch, the first being before training
-    history: list[dict]  # means of METRICS, 25 times per epoch
 
 
 def training_loss(model, windows):
@@ -819,226 +730,187 @@ def training_loss(model, windows):
     return loss, saturated_fraction
 
 
-def find_device(args):
-    """The device that `args.device` names; under torchrun each process gets a GPU of its own."""
-    available = ["cpu"]
-    if torch.cuda.is_available():
-        available += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if torch.backends.mps.is_available():
-        available.append("mps")
-    if args.device not in ("auto", *available):
-        stop(f"--device {args.device} is not there; there is {', '.join(available)}.")
-    if WORLD_SIZE > 1 and not torch.distributed.is_initialized():
-        # The first process evaluates while the others wait.
-        torch.distributed.init_process_group(timeout=timedelta(hours=12))
-    name = args.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    device = torch.device(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
-
-
-def make_model(args, backbone, state_dim, act_dim, max_timestep):
+def make_model(args, backbone, data, max_timestep):
     """The Decision Transformer before fine-tuning: `backbone`, and the rest drawn from the seed."""
     torch.manual_seed(args.seed)
     model = DecisionTransformer(
-        backbone.blocks, backbone.final_norm, state_dim, act_dim, max_timestep
+        backbone.blocks,
+        backbone.final_norm,
+        state_dim=data.states.shape[1],
+        act_dim=data.actions.shape[1],
+        max_timestep=max_timestep,
     )
-    # What the checkpoint has, it overwrites: nothing if random, one block if one is replaced.
+    model.state_mean.copy_(data.state_mean)
+    model.state_std.copy_(data.state_std)
+    # What `backbone` has, it overwrites. A random one has nothing, igpt-as-gpt2 no biases of the
+    # LayerNorms, and dt_no_context.py makes one that has a single block.
     weights = model.transformer.state_dict()
     weights.update(backbone.weights)
     model.transformer.load_state_dict(weights)
     if args.head_std is not None:
-        # nn.Linear draws this weight for act_dim inputs, not for the `width` inputs that it has as
-        # the action head: the final LayerNorm gives 768 numbers of variance 1, the tanh sees a
-        # standard deviation of 9 on Hopper, and nearly no gradient passes.
+        # nn.Linear draws this weight for its act_dim inputs, its deviation is 1 / sqrt(3 act_dim).
+        # As the action head it has `width` inputs, which the final LayerNorm gives a variance of 1:
+        # on Hopper the tanh sees a deviation of sqrt(768) / 3 = 9, and passes nearly no gradient.
         nn.init.normal_(model.embed_action.weight, std=args.head_std)
-    return model
+    return model.to(args.device)
 
 
-def train(args, folder, backbone, device):
+def train(args, folder, backbone):
     """Fine-tune `backbone` as `args` say, or go on where the run in `folder` stopped.
 
-    Leaves checkpoints, TensorBoard events and summary.json in `folder`, and returns the Run.
+    Leaves checkpoints, TensorBoard events and log.csv in `folder`: a row for each 25th part of an
+    epoch (the means of METRICS), and one for each episode of an evaluation (return, length, score).
     """
-    # A run that is finished is not trained again.
-    check_folder(folder, args)
-    if (folder / "summary.json").exists():
-        run = read_run(folder)
-        if len(run.records) > args.num_epochs:
-            print(f"{folder} is finished; a higher --num-epochs would go on with it.")
-            return run
+    # Set by torchrun, whose processes each train on windows and on a GPU of their own.
+    rank = int(os.environ.get("RANK", 0))
+    num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    if num_processes > 1 and not torch.distributed.is_initialized():
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # The others wait while the first process evaluates.
+        torch.distributed.init_process_group(timeout=timedelta(hours=12))
 
-    # Environment, data, model, optimizer.
     env = make_env(args, args.num_eval_episodes)
-    data = OfflineData(load_episodes(args, env), device)
+    data = OfflineData(load_episodes(args, env), args)
     longest_episode = int(data.timesteps.max()) + 1
-    model = make_model(
-        args,
-        backbone,
-        state_dim=data.states.shape[1],
-        act_dim=data.actions.shape[1],
-        max_timestep=max(1000, longest_episode, env.spec.max_episode_steps or 0),
-    ).to(device)
+    max_timestep = max(1000, longest_episode, env.spec.max_episode_steps or 0)  # 1000 as released
+    model = make_model(args, backbone, data, max_timestep)
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=args.learning_rate,
         weight_decay=args.weight_decay,
-        eps=1e-6 if backbone.pretrained else 1e-8,  # [utils.py#L60]
+        # Two, as the released code takes one library's optimizer or the other's. [utils.py#L60]
+        eps=1e-8 if args.backbone.startswith("random") else 1e-6,
         fused=True,
     )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda steps_done: min((steps_done + 1) / max(1, args.warmup_steps), 1)
-    )  # [experiment.py#L400]
-    max_grad_norm = args.max_grad_norm or math.inf  # 0 switches clipping off
 
     # Go on where the run stopped.
+    first_epoch = 0
     step = 0
-    records = []
-    history = []
+    log = []
     if (folder / "latest.pt").exists():
-        checkpoint = read_checkpoint(folder / "latest.pt", device)
+        checkpoint = read_checkpoint(folder / "latest.pt", args.device)
+        check_arguments(args, checkpoint["args"], folder)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scheduler.load_state_dict(checkpoint["scheduler"])
+        first_epoch = checkpoint["epoch"] + 1
         step = checkpoint["step"]
-        records = checkpoint["records"]
-        history = checkpoint["history"]
+        log = checkpoint["log"]
+        print(f"{folder} goes on after epoch {checkpoint['epoch']}.")
 
-    # `trained_model` has the parameters of `model`, compiled for a GPU, or shared by processes.
-    trained_model = model
+    # The same parameters, as training uses them: compiled for a GPU, or shared by processes.
+    training_model = model
     if args.compile:
-        trained_model = torch.compile(trained_model, mode="reduce-overhead")  # CUDA graphs
-    if WORLD_SIZE > 1:
-        # Each process trains on windows of its own, and their gradients are averaged. This mean of
-        # means gives a padded window slightly more weight than one mean over all steps would.
-        trained_model = nn.parallel.DistributedDataParallel(trained_model)
+        training_model = torch.compile(training_model, mode="reduce-overhead")  # CUDA graphs
+    if num_processes > 1:
+        # Gradients are averaged. This mean of means gives a padded window slightly more weight than
+        # one mean over all steps would.
+        training_model = nn.parallel.DistributedDataParallel(training_model)
 
-    if RANK == 0:
-        make_folder(folder)
-        save_json(folder / "args.json", asdict(args))
-        print(f"\n{folder}: weights from {backbone.source}, {len(data.states):,} steps of data")
-        if records:
-            print(f"{folder} goes on after epoch {len(records) - 1}.")
-            save_summary(folder, args, backbone, records, history)
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
         writer = SummaryWriter(folder, purge_step=step + 1, flush_secs=10)
-        writer.add_text("hyperparameters", hyperparameter_table(args))
+        rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
+        writer.add_text("hyperparameters", "\n".join(["|argument|value|", "|-|-|", *rows]))
 
-    for epoch in range(len(records), args.num_epochs + 1):  # epoch 0 is the model before training
-        epoch_started = time.perf_counter()
-        num_steps = args.steps_per_epoch if epoch > 0 else 0
+    for epoch in range(first_epoch, args.num_epochs + 1):  # epoch 0 is the model before training
+        num_steps = args.steps_per_epoch if epoch > 0 else 0  # none, it is only evaluated
         # All chance in an epoch follows from the seed and the epoch's number alone, so that a run
         # that was interrupted gives the numbers of one that was not.
-        rng = np.random.default_rng([args.seed, epoch, RANK])
+        rng = np.random.default_rng([args.seed, epoch, rank])
         torch.manual_seed(int(rng.integers(2**60)))  # for dropout
         # Starts are drawn from all transitions, which is what the released code does in two steps:
         # an episode in proportion to its length, then a start in it. [experiment.py#L191]
-        size = (num_steps, args.batch_size // WORLD_SIZE)
-        epoch_starts = torch.as_tensor(rng.integers(len(data.states), size=size), device=device)
-        metrics = torch.zeros(num_steps, len(METRICS), device=device)
-        log_interval = max(1, args.steps_per_epoch // 25)
-        num_logged = 0
+        size = (num_steps, args.batch_size // num_processes)
+        epoch_starts = torch.as_tensor(
+            rng.integers(len(data.states), size=size), device=args.device
+        )
+        log_interval = max(1, num_steps // 25)
+        metrics = []
 
         model.train()
         progress = tqdm(
             epoch_starts,
             desc=f"epoch {epoch}/{args.num_epochs}",
             unit="step",
-            disable=RANK > 0 or epoch == 0,
+            disable=rank > 0 or epoch == 0,
         )
         for i, window_starts in enumerate(progress):
+            # The learning rate rises linearly, then stays. [experiment.py#L400]
+            learning_rate = args.learning_rate * min((step + 1) / max(1, args.warmup_steps), 1)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+
             windows = data.windows(window_starts, args.context_length)
-            with autocast(args, device):
-                loss, saturated_fraction = training_loss(trained_model, windows)
+            with autocast(args):
+                loss, saturated_fraction = training_loss(training_model, windows)
             loss.backward()
             # Here the gradient is clipped. Taken as one vector over all parameters, it is shortened
             # to max_grad_norm if it is longer; its direction stays. The norm returned is the one
             # before that. [decision_transformer/training/seq_trainer.py#L84]
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()
-            scheduler.step()
             optimizer.zero_grad()
             step += 1
 
             # Metrics stay on the device; to read them here would wait for it in every step.
-            clipped = (grad_norm > max_grad_norm).float()
-            metrics[i] = torch.stack([loss.detach(), saturated_fraction, grad_norm, clipped])
-            if RANK == 0 and ((i + 1) % log_interval == 0 or i + 1 == num_steps):
-                means = metrics[num_logged : i + 1].mean(dim=0).tolist()
-                num_logged = i + 1
-                if not np.isfinite(means).all():
-                    stop(f"The loss is not finite at step {step}; try a lower --learning-rate.")
-                latest = {name: f"{value:.4f}" for name, value in zip(METRICS, means)}
-                progress.set_postfix(latest, refresh=False)
-                history.append({"step": step, **dict(zip(METRICS, means))})
-                for name, value in zip(METRICS, means):
+            clipped = (grad_norm > args.max_grad_norm).float()
+            metrics.append(torch.stack([loss.detach(), saturated_fraction, grad_norm, clipped]))
+            if rank == 0 and ((i + 1) % log_interval == 0 or i + 1 == num_steps):
+                means = dict(zip(METRICS, torch.stack(metrics).mean(dim=0).tolist()))
+                metrics = []
+                if not math.isfinite(means["loss"]):
+                    sys.exit(
+                        f"The loss is not finite at step {step}: look for NaN in the data, or go "
+                        f"on with --run-name {args.run_name} and a lower --learning-rate."
+                    )
+                progress.set_postfix(means, refresh=False)
+                log.append({"epoch": epoch, "step": step, **means})
+                for name, value in means.items():
                     writer.add_scalar(f"train/{name}", value, step)
-        if RANK > 0:
+        if rank > 0:
             continue  # the first process evaluates and writes
 
-        returns, lengths = evaluate(model, env, data.state_mean, data.state_std, args)
-        record = {
-            "epoch": epoch,
-            "step": step,
-            # Means over the epoch, nan before training. The paper's "action error" is the loss of
-            # an epoch's last batch alone. [decision_transformer/training/seq_trainer.py#L88]
-            **dict(zip(METRICS, metrics.mean(dim=0).tolist())),
-            **summarize_episodes(returns, lengths, args, rng),
-            "seconds": time.perf_counter() - epoch_started,
-        }
-        records.append(record)
-        for name in ("return_mean", "length_mean", "normalized_score"):
-            writer.add_scalar(f"eval/{name}", record[name], step)
-        tqdm.write(
-            f"epoch {epoch}: return {record['return_mean']:.1f}, "
-            f"95 % interval {record['return_low']:.1f} to {record['return_high']:.1f}"
+        returns, lengths = evaluate(model, env, args)
+        scores = normalized_score(args.env, returns)
+        episodes = pd.DataFrame({"return": returns, "length": lengths, "score": scores})
+        log += episodes.assign(epoch=epoch, step=step).to_dict("records")
+        frame = pd.DataFrame(log).assign(
+            run=str(folder).split("runs/")[-1],
+            env=args.env,
+            dataset=args.dataset,
+            backbone=args.backbone,
+            K=args.context_length,
+            head_std=args.head_std,
+            max_grad_norm=args.max_grad_norm,
+            seed=args.seed,
         )
+        for name, value in episodes.mean().items():
+            writer.add_scalar(f"eval/{name}", value, step)
+        tqdm.write(f"epoch {epoch}: return {returns.mean():.1f}, score {scores.mean():.1f}")
 
-        # Save what can be looked at later, and what is needed to go on.
+        # latest.pt has all that is needed to go on. It is replaced last, and in one step: a run
+        # that is killed anywhere repeats at most an epoch.
+        frame.to_csv(folder / "log.csv", index=False)
         checkpoint = {
             "args": asdict(args),
-            "epoch": epoch,
-            "step": step,
             "architecture": model.architecture,
             "model": model.state_dict(),
-            "state_mean": data.state_mean,
-            "state_std": data.state_std,
+            "epoch": epoch,
+            "step": step,
         }
         if epoch in args.save_epochs or epoch == args.num_epochs:
-            save_checkpoint(folder / f"epoch_{epoch}.pt", checkpoint)
+            torch.save(checkpoint, folder / f"epoch_{epoch}.pt")
         # The best of 40 noisy evaluations flatters, but it is what the paper reports.
-        if epoch > 0 and record["return_mean"] >= max(r["return_mean"] for r in records[1:]):
-            save_checkpoint(folder / "best.pt", checkpoint)
+        mean_returns = frame[frame.epoch > 0].groupby("epoch")["return"].mean()
+        if epoch > 0 and mean_returns.idxmax() == epoch:
+            torch.save(checkpoint, folder / "best.pt")
         checkpoint["optimizer"] = optimizer.state_dict()
-        checkpoint["scheduler"] = scheduler.state_dict()
-        checkpoint["records"] = records
-        checkpoint["history"] = history
-        save_checkpoint(folder / "latest.pt", checkpoint)
-        save_summary(folder, args, backbone, records, history)  # last: it says what is finished
-    if RANK == 0:
+        checkpoint["log"] = log
+        torch.save(checkpoint, folder / "latest.tmp")
+        (folder / "latest.tmp").replace(folder / "latest.pt")
+    if rank == 0:
         writer.close()
-    return Run(folder, asdict(args), records, history)
-
-
-# ==================================================================================================
-# Study: one training run for each backbone and threshold
-# ==================================================================================================
-def train_study(args, folder, device):
-    """Fine-tune each backbone with each clipping threshold; returns the Runs."""
-    backbones = {}
-    for name in args.backbones:  # all before any training: a wrong name should cost nothing
-        backbones[name] = load_backbone(replace(args, backbone=name))
-    runs = []
-    for name, backbone in backbones.items():
-        for threshold in args.max_grad_norms:
-            run_args = replace(args, backbone=name, max_grad_norm=threshold)
-            run_folder = folder / f"{Path(name).name}_clip_{threshold:g}"
-            runs.append(train(run_args, run_folder, backbone, device))
-    return runs
 
 
 # ==================================================================================================
@@ -1048,6 +920,7 @@ def gradients_of_windows(model, windows, parameters):
     """The gradient of the loss of each window alone, as a vector: [windows, number of weights]."""
     num_windows = len(windows.valid)
     num_weights = sum(weight.numel() for weight in parameters)
+    # Filled row by row: a list of rows, stacked in the end, would take twice the memory.
     gradients = torch.empty(num_windows, num_weights, device=windows.states.device)
     for i in range(num_windows):
         window = Windows(*(column[i : i + 1] for column in windows))
@@ -1057,576 +930,400 @@ def gradients_of_windows(model, windows, parameters):
     return gradients
 
 
-def gradient_statistics(model, windows, num_confusion):
+def gradient_statistics(model, windows):
     """Norms and cosines of the gradients of single windows, in evaluation mode.
 
-    Returns the norms over the parameters of the blocks and over all parameters, both [windows], and
-    the cosines between the first `num_confusion` gradients of the blocks [n, n].
+    Returns the norms over all parameters and over those of the blocks, both [windows], and the
+    cosines between the gradients of the blocks [windows, windows], all in float64 on the CPU.
 
-    All gradients of GPT-2 small would take 17 GB for 50 windows. But a squared norm and an inner
-    product are sums over the parameters, so that one block after the other is enough: 2.8 GB for
-    100 windows.
+    All gradients of GPT-2 small would take 34 GB for 100 windows. But a squared norm and an inner
+    product are sums over the parameters, so that one block after the other is enough: 2.8 GB.
     The released code leaves dropout on for the random model alone, since only from_pretrained
     returns a model in evaluation mode. [analysis/signal_propagation.py#L144]
     """
-    squared_norms_in_blocks = torch.zeros(len(windows.valid))
-    inner_products = torch.zeros(num_confusion, num_confusion, dtype=torch.float64)
+    inner_products = 0
     for block in tqdm(model.transformer.h, desc="gradients", unit="block", leave=False):
         gradients = gradients_of_windows(model, windows, list(block.parameters()))
-        squared_norms_in_blocks += gradients.square().sum(dim=1).cpu()
-        compared = gradients[:num_confusion]
-        inner_products += (compared @ compared.T).cpu()
-
+        inner_products += (gradients @ gradients.T).cpu().double()  # Apple's mps has no float64
     outside_blocks = []
     for name, weight in model.named_parameters():
         if not name.startswith("transformer.h."):
             outside_blocks.append(weight)
     gradients = gradients_of_windows(model, windows, outside_blocks)
-    squared_norms = squared_norms_in_blocks + gradients.square().sum(dim=1).cpu()
+    squared_norms = inner_products.diagonal() + gradients.square().sum(dim=1).cpu()
 
-    norms = inner_products.diagonal().sqrt()
-    cosines = inner_products / (norms[:, None] * norms).clamp(min=1e-30)
-    return squared_norms_in_blocks.sqrt().numpy(), squared_norms.sqrt().numpy(), cosines.numpy()
-
-
-def clipped_norm(norm_in_blocks, norm_of_all, max_grad_norm):
-    """What the paper plots: the norm of the blocks' gradient after clipping that of everything.
-
-    [analysis/signal_propagation.py#L231]
-    """
-    if max_grad_norm == 0:
-        return norm_in_blocks
-    return norm_in_blocks * np.minimum(1, max_grad_norm / norm_of_all)
+    norms_in_blocks = inner_products.diagonal().sqrt()
+    # A window whose actions are all saturated has no gradient: its cosines are 0.
+    cosines = inner_products / torch.outer(norms_in_blocks, norms_in_blocks).clamp(min=1e-30)
+    return squared_norms.sqrt(), norms_in_blocks, cosines
 
 
-def batch_gradient_norms(model, windows, max_grad_norm):
-    """Norm of each parameter set of the blocks, in the clipped gradient of one batch: {name: norm}.
+# ==================================================================================================
+# Parameter sets: gradient of one batch, and change since epoch 0 (sections 5.3 and 5.4)
+# ==================================================================================================
+def parameter_sets(model, before, windows, max_grad_norm):
+    """A row for each parameter set of the blocks: its norm in one clipped gradient, and its change.
 
-    [analysis/signal_propagation.py#L330]
+    The gradient is that of all windows as one batch. [analysis/signal_propagation.py#L330]
+    The cosine of a set that starts at zero is nan; it is 0 in the released code, which adds 1e-6 to
+    the denominator.
+    [analysis/section-53-parameter-similarity/parameter_similarity_analysis.py#L113]
     """
     model.zero_grad()
     loss, _ = training_loss(model, windows)
     loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
-    norms = {}
+    nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    weights_before = before.transformer.h.state_dict()
+    rows = []
     for name, weight in model.transformer.h.named_parameters():
-        norms[name] = weight.grad.norm().item()
-    return norms
-
-
-# ==================================================================================================
-# Change of the parameters (section 5.3)
-# ==================================================================================================
-def vector_change(before, after):
-    """Distance, relative distance and cosine of two vectors; nan where one is zero.
-
-    The released code adds 1e-6 to the denominator, so that the cosine of a set that starts at zero
-    is 0 there. [analysis/section-53-parameter-similarity/parameter_similarity_analysis.py#L113]
-    """
-    distance = (after - before).norm().item()
-    norm_before = before.norm().item()
-    norm_after = after.norm().item()
-    relative_distance = math.nan
-    cosine = math.nan
-    if norm_before > 0:
-        relative_distance = distance / norm_before
-    if norm_before > 0 and norm_after > 0:
-        cosine = (before @ after).item() / (norm_before * norm_after)
-    return {"distance": distance, "relative_distance": relative_distance, "cosine": cosine}
-
-
-def parameter_vectors(model):
-    """The parameter sets of the blocks, each as a vector: {"0.ln_1.weight": [numbers], ...}."""
-    vectors = {}
-    for name, weight in model.transformer.h.named_parameters():
-        vectors[name] = weight.detach().flatten().double().cpu()
-    return vectors
-
-
-def parameter_changes(before, after):
-    """Change of each parameter set of the blocks from one model to another, and of all together."""
-    vectors_before = parameter_vectors(before)
-    vectors_after = parameter_vectors(after)
-    changes = {}
-    for name, vector in vectors_before.items():
-        changes[name] = vector_change(vector, vectors_after[name])
-    all_before = torch.cat(list(vectors_before.values()))
-    all_after = torch.cat(list(vectors_after.values()))
-    return changes, vector_change(all_before, all_after)
+        old = weights_before[name].cpu().double().flatten()
+        new = weight.detach().cpu().double().flatten()
+        block, name_in_block = name.split(".", 1)
+        rows.append(
+            {
+                "block": int(block),
+                "set": name_in_block,
+                "norm": weight.grad.norm().item(),
+                "distance": (new - old).norm().item(),
+                "relative_distance": ((new - old).norm() / old.norm()).item(),
+                "cosine": (new @ old / (new.norm() * old.norm())).item(),
+            }
+        )
+    sets = pd.DataFrame(rows).replace(math.inf, math.nan)
+    return sets.assign(share=sets["norm"] / sets["norm"].sum())
 
 
 # ==================================================================================================
 # Analysis of one model
 # ==================================================================================================
-def analyze(run, epoch, args, device):
-    """All that the table and the figures show of the model of a Run after `epoch`."""
-    data_args = replace(args, env=run.args["env"], dataset=run.args["dataset"])
-    data = OfflineData(load_episodes(data_args, make_env(data_args, 1)), device)
-    # The same windows for every model of a data set; the released code draws others for each.
+def analyze(run, epoch, analysis, args):
+    """Tables of single windows, of pairs of them and of parameter sets, for `run` after `epoch`.
+
+    The windows are drawn with the seed of the analysis, and are the same for every model of a data
+    set but for their length; the released code draws others for each. As there, they may be padded.
+    """
+    before, _ = load_model(run / "epoch_0.pt", "cpu")
+    model, run_args = load_model(run / f"epoch_{epoch}.pt", args.device)
+    max_grad_norm = run_args.max_grad_norm
+    data = OfflineData(load_episodes(run_args, make_env(run_args, 1)), run_args)
     rng = np.random.default_rng(args.seed)
-    starts = torch.as_tensor(rng.integers(len(data.states), size=args.norm_windows), device=device)
-    windows = data.windows(starts, run.args["context_length"])
+    starts = rng.integers(len(data.states), size=analysis.norm_windows)
+    windows = data.windows(torch.as_tensor(starts, device=args.device), run_args.context_length)
 
-    max_grad_norm = run.args["max_grad_norm"]
-    before = load_model(run.folder / "epoch_0.pt", device)
-    model = load_model(run.folder / f"epoch_{epoch}.pt", device)
-    norm_in_blocks, norm_of_all, cosines = gradient_statistics(
-        model, windows, args.confusion_windows
+    norms, norms_in_blocks, cosines = gradient_statistics(model, windows)
+    # What the paper plots: the norm of the blocks' gradient after clipping that of everything.
+    # [analysis/signal_propagation.py#L231]
+    clipped_norms = norms_in_blocks * (max_grad_norm / norms).clamp(max=1)
+    norm_columns = {"norm": norms, "clipped_norm": clipped_norms, "max_grad_norm": max_grad_norm}
+    compared = cosines[: analysis.confusion_windows, : analysis.confusion_windows]
+    first, second = torch.triu_indices(*compared.shape, offset=1)  # each pair once
+    pair_columns = {"window": first, "other_window": second, "cosine": compared[first, second]}
+    return (
+        pd.DataFrame(norm_columns).rename_axis("window").reset_index(),
+        pd.DataFrame(pair_columns),
+        parameter_sets(model, before, windows, max_grad_norm),
     )
-    pairs = cosines[np.triu_indices(len(cosines), 1)]  # above the diagonal: each pair once
-    changes, whole_change = parameter_changes(before, model)
-    set_norms = batch_gradient_norms(model, windows, max_grad_norm)
-    sets = {}
-    for name, change in changes.items():
-        share = set_norms[name] / sum(set_norms.values())
-        sets[name] = {**change, "norm": set_norms[name], "share": share}
-
-    clipped_windows = np.mean(norm_of_all > max_grad_norm).item() if max_grad_norm > 0 else 0.0
-    return {
-        "run": f"{run.folder.name}, epoch {epoch}",
-        "args": run.args,
-        "epoch": epoch,
-        "median_norm": np.median(norm_of_all).item(),
-        "clipped_windows": clipped_windows,
-        "clipped_steps": run.records[epoch]["clipped_fraction"],
-        "confusion": pairs.min().item(),
-        "mean_cosine": pairs.mean().item(),
-        **whole_change,
-        "sets": sets,
-        "norm_before": norm_of_all.tolist(),
-        "norm_after": clipped_norm(norm_in_blocks, norm_of_all, max_grad_norm).tolist(),
-        "cosines": pairs.tolist(),
-    }
 
 
 # ==================================================================================================
 # Figures
 # ==================================================================================================
-def study_subject(results, subject):
-    """A subject for new_figure that tells K and the seeds."""
-    seeds = sorted({result["args"]["seed"] for result in results})
-    context_length = results[0]["args"]["context_length"]
-    return f"{subject}, K = {context_length}, seed {', '.join(map(str, seeds))}"
-
-
-def result_color(result):
-    return COLORS.get(Path(result["args"]["backbone"]).name, OTHER_COLOR)
-
-
-def plot_windows(results):
+def plot_windows(windows, pairs, title):
     """Norms of single windows' gradients before and after clipping, their cosines, and the lowest.
 
     The lowest is the gradient confusion of Sankararaman et al. 2020, bars in Fig. 5. Whiskers reach
     1.5 interquartile ranges, as in the paper. Its boxes are cut off at 0.25.
     [analysis/section-54-gradient-analysis/compute_grad_norm.py#L107]
     """
-    num_windows = len(results[0]["norm_before"])
-    subject = study_subject(results, f"gradients of {num_windows} single windows")
-    figure = new_figure(results[0]["args"], subject, max(16, 1.3 * len(results)), 5.5)
-    names = [result["run"] for result in results]
-    colors = [result_color(result) for result in results]
-    panels = {
-        "norm_before": "gradient norm",
-        "norm_after": "norm of the blocks after clipping",
-        "cosines": "cosine of two windows",
-        "confusion": "lowest cosine: gradient confusion",
-    }
-    for axes, (name, label) in zip(figure.subplots(1, 4), panels.items()):
-        values = [result[name] for result in results]
-        if name == "confusion":
-            axes.bar(names, values, color=colors)
-        else:
-            boxes = axes.boxplot(values, tick_labels=names, patch_artist=True)
-            for box, median, color in zip(boxes["boxes"], boxes["medians"], colors):
-                box.set(facecolor=color, alpha=0.6)
-                median.set_color("black")
-        if name in ("norm_before", "norm_after"):
-            for threshold in {result["args"]["max_grad_norm"] for result in results} - {0}:
-                axes.axhline(threshold, color="black", linestyle="--", linewidth=1)
-        if name == "norm_before":
-            axes.set_yscale("log")
-        axes.set_ylabel(label)
-        axes.tick_params("x", rotation=90)
+    figure = Figure(figsize=(16, 2.5 + 0.4 * windows.label.nunique()), layout="constrained")
+    panels = figure.subplots(1, 4, sharey=True)
+    style = {"y": "label", "hue": "run", "palette": "colorblind", "saturation": 1, "legend": False}
+    sns.boxplot(windows, x="norm", ax=panels[0], **style)
+    sns.boxplot(windows, x="clipped_norm", ax=panels[1], **style)
+    sns.boxplot(pairs, x="cosine", ax=panels[2], **style)
+    sns.barplot(pairs, x="cosine", estimator="min", errorbar=None, ax=panels[3], **style)
+    # Only now: seaborn would take logarithms before it computes quartiles and whiskers.
+    panels[0].set_xscale("log")
+    for threshold in windows.max_grad_norm.unique():
+        if math.isfinite(threshold):
+            panels[0].axvline(threshold, color="black", linestyle="--")
+            panels[1].axvline(threshold, color="black", linestyle="--")
+    num_compared = pairs.other_window.max() + 1
+    panels[0].set(ylabel="", xlabel="gradient norm (dashed: clipping threshold)")
+    panels[1].set(xlabel="norm of the blocks' gradient after clipping")
+    panels[2].set(xlabel=f"cosine of two gradients, {num_compared} windows")
+    panels[3].set(xlabel="lowest cosine: gradient confusion")
+    figure.suptitle(f"Gradients of {windows.window.nunique()} single windows\n{title}")
     return figure
 
 
-def plot_shares(results):
-    """Share of parameter sets in the sum of the norms of one clipped gradient (Fig. 7, right).
+def plot_shares(sets, title):
+    """Share of kinds of parameter sets in the sum of the norms of one clipped gradient (Fig. 7).
 
     [analysis/section-54-gradient-analysis/compute_grad_norm.py#L134]
     """
-    subject = study_subject(results, "who owns the gradient")
-    figure = new_figure(results[0]["args"], subject, 10, 0.5 * len(results) + 2)
-    axes = figure.subplots()
-    kinds = {
-        "0.ln_1.weight": "#D55E00",
-        "0.ln_1.bias": "#E69F00",
-        "other LayerNorms": "#F0E442",
-        "attention": "#0072B2",
-        "MLP": "#56B4E9",
-    }
-    for i, result in enumerate(results):
-        shares = dict.fromkeys(kinds, 0.0)
-        for name, values in result["sets"].items():
-            if name in kinds:
-                kind = name
-            elif ".ln_" in name:
-                kind = "other LayerNorms"
-            elif ".attn." in name:
-                kind = "attention"
-            else:
-                kind = "MLP"
-            shares[kind] += values["share"]
-        left = 0.0
-        for kind, share in shares.items():
-            label = kind if i == 0 else None
-            axes.barh(result["run"], share, left=left, color=kinds[kind], label=label)
-            left += share
-    axes.set(xlabel="norm of the set / sum of the norms of all sets", xlim=(0, 1))
+    names = {"ln_1": "other LayerNorms", "ln_2": "other LayerNorms", "attn": "attention"}
+    kinds = sets["set"].str.split(".").str[0].replace(names)
+    # The first LayerNorm of the network, which dominates in the paper, is shown by itself.
+    is_first = (sets.block == 0) & sets["set"].str.startswith("ln_1")
+    kinds = kinds.mask(is_first, "0." + sets["set"])
+    shares = sets.assign(kind=kinds).pivot_table("share", "label", "kind", "sum", sort=False)
+    axes = shares.reindex(
+        columns=["0.ln_1.weight", "0.ln_1.bias", "other LayerNorms", "attention", "mlp"]
+    ).plot.barh(
+        stacked=True,
+        color=sns.color_palette("colorblind"),
+        figsize=(10, 1.5 + 0.4 * len(shares)),
+        xlabel="norm of the set / sum of the norms of all sets",
+        ylabel="",
+        xlim=(0, 1),
+        title=title,
+    )
     axes.invert_yaxis()
-    figure.legend(loc="outside lower center", ncols=5, frameon=False)
-    return figure
+    sns.move_legend(axes, "upper left", bbox_to_anchor=(1, 1), title="", frameon=False)
+    return axes.figure
 
 
-PARAMETER_SETS = (  # of a block, in the order of computation
-    "ln_1.weight",
-    "ln_1.bias",
-    "attn.c_attn.weight",
-    "attn.c_attn.bias",
-    "attn.c_proj.weight",
-    "attn.c_proj.bias",
-    "ln_2.weight",
-    "ln_2.bias",
-    "mlp.c_fc.weight",
-    "mlp.c_fc.bias",
-    "mlp.c_proj.weight",
-    "mlp.c_proj.bias",
-)
+def plot_sets(sets, columns, title):
+    """Heat maps of parameter sets (down) and blocks (across); `columns` is {name: what it is}.
 
-
-def plot_sets(results, panels, subject):
-    """Bars for each parameter set in the order of the network; `panels` is {property: label}.
-
-    A set that a model does not have, as ImageGPT's LayerNorm biases, leaves its place empty.
+    A column of the table is a row of heat maps, one for each model, in which a color means the
+    same. Sets are in the order of the network; each heat map has labels of its own, as ImageGPT's
+    blocks have fewer sets than GPT-2's.
     """
-    subject = study_subject(results, subject)
-    figure = new_figure(results[0]["args"], subject, 16, 3.2 * len(panels) + 1)
-    blocks = {int(name.partition(".")[0]) for result in results for name in result["sets"]}
-    names = [f"{block}.{name}" for block in sorted(blocks) for name in PARAMETER_SETS]
-    labelled = names
-    if len(names) > 60:  # one label per block
-        labelled = [name for name in names if name.endswith("ln_1.weight")]
-    ticks = [names.index(name) for name in labelled]
-
-    width = 0.8 / len(results)  # of a bar; the bars of a set stand side by side, around its tick
-    rows = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-    for axes, (prop, label) in zip(rows, panels.items()):
-        values = np.full((len(results), len(names)), math.nan)
-        for i, result in enumerate(results):
-            for name, properties in result["sets"].items():
-                values[i, names.index(name)] = properties[prop]
-            x = np.arange(len(names)) + (i - (len(results) - 1) / 2) * width
-            hatch = "" if result["args"]["max_grad_norm"] > 0 else "///"  # without clipping
-            color = result_color(result)
-            axes.bar(x, values[i], width, color=color, hatch=hatch, label=result["run"])
-        if prop == "cosine":
-            lowest = np.nanmin(values)
-            axes.set_ylim(lowest - 0.1 * (1 - lowest), 1)
+    labels = sets.label.unique()
+    figure = Figure(figsize=(5 * len(labels), 3.2 * len(columns) + 0.8))
+    rows = figure.subplots(len(columns), len(labels), squeeze=False)
+    for row, (column, description) in zip(rows, columns.items()):
+        positive = sets[column][sets[column] > 0]
+        if column == "cosine" or positive.empty:
+            norm = Normalize(sets[column].min(), sets[column].max())
         else:
-            axes.set_yscale("log")
-        axes.set_xticks(ticks, labelled, rotation=90, fontsize="x-small")
-        axes.set(ylabel=label, xlim=(-1, len(names)))
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=3)
+            norm = LogNorm(positive.min(), positive.max())
+        for axes, label in zip(row, labels):
+            of_model = sets[sets.label == label]
+            cells = of_model.pivot(index="set", columns="block", values=column)
+            cells = cells.loc[of_model["set"].unique()]  # pivot has sorted them by name
+            bar = {"label": description}
+            sns.heatmap(cells, norm=norm, yticklabels=True, cbar_kws=bar, ax=axes)
+            axes.set(title=label, xlabel="block", ylabel="", facecolor="lightgrey")
+    figure.suptitle(title)
+    figure.tight_layout()  # at last: a heat map draws its whole figure, layout and all
     return figure
 
 
-def plot_clipping(runs):
-    """Loss, return and gradient norm per epoch; runs without clipping are dotted (App. G.3)."""
-    figure = new_figure(runs[0].args, "with and without clipping", 13, 4)
-    panels = {
+def plot_clipping(log, title):
+    """Loss, return and gradient norm over the training steps of runs side by side (App. G.3)."""
+    labels = {
         "loss": "mean squared action error",
-        "return_mean": "return",
+        "return": "return (band: 95 % interval)",
         "grad_norm": "gradient norm before clipping",
     }
-    for axes, (name, label) in zip(figure.subplots(1, 3), panels.items()):
-        for run in runs:
-            values = [record[name] for record in run.records]
-            style = "-o" if run.args["max_grad_norm"] > 0 else ":o"
-            color = COLORS.get(Path(run.args["backbone"]).name, OTHER_COLOR)
-            run_label = f"{run.folder.name}, seed {run.args['seed']}"
-            axes.plot(values, style, markersize=3, color=color, label=run_label)
-        axes.set(xlabel="epoch", ylabel=label)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=3)
-    return figure
+    grid = sns.relplot(
+        log.melt(["label", "step"], list(labels)).dropna(),
+        x="step",
+        y="value",
+        hue="label",
+        col="variable",
+        kind="line",
+        palette="colorblind",
+        height=3.5,
+        facet_kws={"sharey": False},
+        seed=0,  # of the bootstrap over the episodes of an evaluation
+    )
+    for name, axes in grid.axes_dict.items():
+        axes.set(title="", xlabel="training step", ylabel=labels[name])
+    grid.legend.set_title("")
+    grid.tight_layout()
+    grid.figure.suptitle(title, y=1.03)
+    return grid.figure
 
 
 # ==================================================================================================
-# Utilities: arguments, files, tables, errors
+# Runs: finished ones, side by side
 # ==================================================================================================
-COLORS = {  # colour-blind safe, after Okabe and Ito
-    "gpt2": "#0072B2",
-    "igpt": "#D55E00",
-    "igpt-as-gpt2": "#E69F00",
-    "random": "#555555",
-    "random-gpt2": "#009E73",
-    "markov": "#56B4E9",
-}
-OTHER_COLOR = "#CC79A7"
+# What may tell runs apart. These stand in every row of log.csv.
+SETTINGS = ["env", "dataset", "backbone", "K", "head_std", "max_grad_norm", "seed"]
 
 
-def stop(message, status=2):
-    """End the program with one sentence about something that the user can put right."""
-    if RANK == 0:
-        tqdm.write(message, file=sys.stderr)  # on a line of its own, also beside a progress bar
-    elif status == 2:
-        time.sleep(30)  # torchrun ends all processes with the first that ends: let rank 0 speak
-    raise SystemExit(status)
+def read_logs(folders):
+    """The log.csv of several runs, one below the other.
+
+    A run is called by its path below runs/, as two studies may both have a `random`. Figures call
+    it by its `label`, which is unique: the backbone, and what else is not the same for all.
+    """
+    logs = []
+    for folder in folders:
+        with explain(f"{folder} is no folder of a run"):
+            log = pd.read_csv(folder / "log.csv")
+        logs.append(log.assign(run=str(folder).split("runs/")[-1]))
+    log = pd.concat(logs, ignore_index=True)
+    runs = log.drop_duplicates("run").set_index("run")[SETTINGS]
+    differs = runs.nunique(dropna=False) > 1
+    labels = runs.backbone.copy()
+    for name in runs.columns[differs].drop("backbone", errors="ignore"):
+        labels += ", " + name + " " + runs[name].astype(str)
+    if labels.duplicated().any():
+        labels += " (" + labels.index + ")"
+    return log.assign(label=log.run.map(labels))
 
 
-def first_line(error):
-    """An exception in a few words, to be put into a sentence."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}".rstrip(" .:")
+def describe(log):
+    """What the title of a figure says of the runs in it."""
+    parts = []
+    for name in ("env", "dataset", "backbone", "K", "seed"):
+        parts.append(f"{name} " + ", ".join(log[name].astype(str).unique()))
+    return "; ".join(parts)
 
 
-def complete_arguments(args):
-    """Check the arguments, and fill in what was not given and depends on others."""
-    counts = ("context_length", "batch_size", "num_epochs", "steps_per_epoch", "num_eval_episodes")
-    for name in counts:
-        if getattr(args, name) < 1:
-            stop(f"--{name.replace('_', '-')} must be at least 1.")
-    for name in ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm"):
-        if not 0 <= getattr(args, name) < math.inf:
-            stop(f"--{name.replace('_', '-')} must be 0 or more.")
-    if args.head_std is not None and not 0 < args.head_std < math.inf:
-        stop("--head-std must be above 0.")
-    if not 0 <= args.dropout < 1:
-        stop("--dropout must be at least 0, and below 1.")
-    if not 0 <= args.seed < 2**63:
-        stop("--seed must be from 0 to 2^63 - 1.")
-    if args.batch_size % WORLD_SIZE != 0:
-        stop(f"--batch-size {args.batch_size} cannot be shared evenly by {WORLD_SIZE} processes.")
-    env_name = args.env.rsplit("-v", 1)[0]
-    task = TASKS.get(env_name)
-    if task is None and (args.dataset is None or args.target_return is None):
-        stop(f"{args.env} is none of {', '.join(TASKS)}: give --dataset and --target-return.")
+# ==================================================================================================
+# Utilities: arguments, files, errors
+# ==================================================================================================
+@contextmanager
+def explain(what):
+    """End with one sentence, `what` and the error, where a library fails at what a user brought."""
+    try:
+        yield
+    except Exception as error:
+        sys.exit(f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:300]}).")
+
+
+def complete_arguments(args, subject):
+    """Fill in what was not given and depends on others; returns the folder of the run.
+
+    `subject` stands in its name. From here on Ctrl-C ends in a sentence that says how to go on.
+    """
+    env_name = args.env.split("-v")[0]
+    if env_name not in TASKS and None in (args.dataset, args.target_return):
+        sys.exit(
+            f"--env {args.env} is none of {', '.join(TASKS)}: give --dataset and --target-return."
+        )
+    if args.sample and not ASSETS.is_dir():
+        sys.exit(f"--sample needs {ASSETS}, which comes with the repository.")
+    with explain(f"--device {args.device} cannot be used"):
+        torch.zeros(1, device=args.device)
     if args.dataset is None:
-        args.dataset = task.dataset
+        args.dataset = TASKS[env_name].dataset
         if args.sample:
             args.dataset = f"sample/{env_name.lower()}/medium-v0"
     if args.target_return is None:
-        args.target_return = task.target_return
+        args.target_return = TASKS[env_name].target_return
     if args.run_name is None:
-        backbone_name = Path(args.backbone or "study").name  # a study has several
-        name = f"{args.env}__{SCRIPT}__{backbone_name}__{args.seed}__{int(time.time())}"
-        args.run_name = re.sub(r"[^\w.-]+", "-", name)  # an environment may have a / or a :
-    if not re.fullmatch(r"\w[\w. -]*", args.run_name):
-        stop(f"--run-name {args.run_name} must be the name of a folder under runs/, not a path.")
+        script = Path(__file__).stem
+        args.run_name = f"{args.env}__{script}__{subject}__{args.seed}__{time.time_ns()}"
+    goes_on = f"Interrupted; the same command with --run-name {args.run_name} goes on."
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(goes_on))
+    return Path("runs") / args.run_name
 
 
-def check_folder(folder, args):
-    """If there is a run in `folder` already, `args` must be what it was started with."""
-    path = folder / "args.json"
-    if not path.exists():
-        return
-    earlier = json.loads(path.read_text())
-    given = json.loads(json.dumps(asdict(args)))  # JSON makes lists of tuples
-    for name, value in given.items():
-        if name not in MAY_DIFFER and value != earlier.get(name):
-            stop(
-                f"{folder} was started with {name} = {earlier.get(name)}, not {value}: "
-                "choose another --run-name, or the arguments that it was started with."
+def check_arguments(args, earlier, folder):
+    """The run in `folder` can only go on with the arguments that it was started with, `earlier`."""
+    may_differ = {"num_epochs", "save_epochs", "capture_video", "device", "compile", "run_name"}
+    if args.learning_rate < earlier["learning_rate"]:  # after a loss that was not finite
+        may_differ.add("learning_rate")
+    for name, value in asdict(args).items():
+        if name not in may_differ and value != earlier[name]:
+            sys.exit(
+                f"{folder} was started with {name} = {earlier[name]}, not {value}: choose another "
+                "--run-name, or the arguments that it was started with."
             )
 
 
-def make_folder(folder):
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        stop(f"The folder {folder} cannot be made ({first_line(error)}).")
-
-
-@contextmanager
-def replacing(path):
-    """A temporary path to write to, which then replaces `path`: what is there is always whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # RuntimeError is torch.save's way to say it
-        temporary.unlink(missing_ok=True)
-        stop(
-            f"{path} cannot be written ({first_line(error)}): make room in {path.parent}, and the "
-            "same command with the same --run-name goes on."
-        )
-
-
-def save_json(path, content):
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1))
-
-
-def save_summary(folder, args, backbone, records, history):
-    """Everything about a run in numbers, which read_run reads again."""
-    summary = {
-        "args": asdict(args),
-        "source": backbone.source,
-        "epochs": records,
-        "history": history,
-    }
-    save_json(folder / "summary.json", summary)
-
-
-def save_checkpoint(path, checkpoint):
-    with replacing(path) as temporary:
-        torch.save(checkpoint, temporary)
+def read_checkpoint(path, device):
+    with explain(f"{path} is missing or damaged"):
+        # weights_only: a checkpoint is data, and must not be able to run code.
+        return torch.load(path, map_location=device, weights_only=True)
 
 
 def load_model(path, device):
-    """The model of a checkpoint that any of the scripts has written, in evaluation mode."""
+    """The model of a checkpoint in evaluation mode, and the Args of its run, both on `device`."""
     checkpoint = read_checkpoint(path, device)
-    architecture = dict(checkpoint["architecture"])
+    architecture = checkpoint["architecture"]
     blocks = [BlockConfig(**config) for config in architecture.pop("blocks")]
     model = DecisionTransformer(blocks, **architecture).to(device)
     model.load_state_dict(checkpoint["model"])
-    return model.eval()
-
-
-def read_checkpoint(path, device):
-    try:
-        # weights_only: a checkpoint is data, and must not be able to run code.
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:
-        stop(f"{path} is missing or damaged ({first_line(error)}).")
-    if not isinstance(checkpoint, dict) or "architecture" not in checkpoint:
-        stop(f"{path} is no checkpoint of these scripts.")
-    return checkpoint
+    args = Args(**checkpoint["args"])
+    return model.eval(), replace(args, device=device)
 
 
 def save_figure(figure, path, step):
-    """Write a matplotlib figure as a PNG and as a TensorBoard image."""
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+    """Keep a figure as a PNG and as a TensorBoard image."""
+    figure.savefig(path, dpi=120, bbox_inches="tight")
     with SummaryWriter(path.parent) as writer:
         writer.add_figure(path.stem, figure, step)
-
-
-def new_figure(args, subject, width, height):
-    """An empty figure, width x height in inches, titled with what it shows of which environment."""
-    sample = ", bundled sample" if args["sample"] else ""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(f"{args['env']}: {subject}{sample}")
-    return figure
-
-
-def read_run(folder):
-    """The Run in a folder of any of the scripts."""
-    path = Path(folder) / "summary.json"
-    if not path.exists():
-        stop(f"{folder} is no folder of a run: it has no summary.json.")
-    summary = json.loads(path.read_text())
-    return Run(Path(folder), summary["args"], summary["epochs"], summary["history"])
-
-
-def print_table(rows, formats):
-    """Print dicts as a table; `formats` are its columns and how their numbers are written."""
-    table = [list(formats)]
-    for row in rows:
-        cells = []
-        for name, form in formats.items():
-            is_nan = isinstance(row[name], float) and math.isnan(row[name])
-            cells.append("-" if is_nan else format(row[name], form))
-        table.append(cells)
-    widths = [max(len(cell) for cell in column) for column in zip(*table)]
-    for cells in table:
-        print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths)))
-
-
-def hyperparameter_table(args):
-    """The arguments as a table in markdown, for TensorBoard."""
-    rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
-    return "\n".join(["|argument|value|", "|-|-|", *rows])
-
-
-# HalfCheetah's model file sets off a deprecation warning for every copy; all else should be seen.
-def warn_of_mujoco(text):
-    if "deprecated" not in text:
-        print(f"mujoco: {text}", file=sys.stderr)
-
-
-mujoco.set_mju_user_warning(warn_of_mujoco)
 
 
 # ==================================================================================================
 # Experiment
 # ==================================================================================================
 if __name__ == "__main__":
-    defaults = SAMPLE if "--sample" in sys.argv else Args()
-    args = tyro.cli(Args, default=defaults, description=__doc__)
-    complete_arguments(args)
-    if not args.backbones or min(args.max_grad_norms, default=-1) < 0:
-        stop("--backbones and --max-grad-norms need at least one value, none of them negative.")
-    if not 2 <= args.confusion_windows <= args.norm_windows:
-        stop("--confusion-windows must be at least 2, and at most --norm-windows.")
-    if not args.runs and max(args.epochs, default=0) > args.num_epochs:
-        stop(f"--epochs {max(args.epochs)} is beyond --num-epochs {args.num_epochs}.")
-    args.save_epochs = (0, *args.save_epochs, *args.epochs)
-    folder = Path("runs") / args.run_name
-    device = find_device(args)
-    try:
-        if args.runs:
-            runs = [read_run(run) for run in args.runs]
-        else:
-            runs = train_study(args, folder, device)
-    except KeyboardInterrupt:
-        stop(f"Interrupted; the same command with --run-name {args.run_name} goes on.", status=130)
-    if RANK > 0:
-        sys.exit()
+    if "--backbone" in sys.argv:
+        sys.exit("--backbone is for a single run, as of dt_pretrained.py: give --backbones.")
+    # The paper analyzes epoch 1.
+    training = replace(SAMPLE if "--sample" in sys.argv else Args(), num_epochs=1)
+    config = tyro.cli(
+        tyro.conf.OmitArgPrefixes[Config],
+        default=Config(Analysis(), training),
+        description=__doc__,
+    )
+    analysis = config.analysis
+    args = config.training
+    folder = complete_arguments(args, subject="study")
+    runs = list(analysis.runs)
+    if not runs:
+        if max(analysis.epochs) > args.num_epochs:
+            sys.exit(f"--epochs {max(analysis.epochs)} is beyond --num-epochs {args.num_epochs}.")
+        args.save_epochs = (0, *analysis.epochs, *args.save_epochs)
+        backbones = {}
+        for name in analysis.backbones:  # all before any training: a wrong name should cost nothing
+            backbones[name] = load_backbone(replace(args, backbone=name))
+        for name, backbone in backbones.items():
+            run = folder / name.replace("/", "_")  # not the last part alone: two may end alike
+            train(replace(args, backbone=name), run, backbone)
+            runs.append(run)
+    if int(os.environ.get("RANK", 0)) > 0:
+        sys.exit()  # under torchrun the first process does the rest
 
+    log = read_logs(runs)
     results = []
-    for run in tqdm(runs, desc="analysis", unit="run"):
-        last_epoch = run.records[-1]["epoch"]
-        for epoch in args.epochs or (last_epoch,):
-            if epoch > last_epoch:
-                stop(f"{run.folder} ends with epoch {last_epoch}, it has no epoch {epoch}.")
-            results.append(analyze(run, epoch, args, device))
+    progress = tqdm(runs, desc="analysis", unit="run")
+    for run, name, label in zip(progress, log.run.unique(), log.label.unique(), strict=True):
+        for epoch in analysis.epochs:
+            names = {"run": name, "label": f"{label}, epoch {epoch}", "epoch": epoch}
+            tables = analyze(run, epoch, analysis, args)
+            results.append([table.assign(**names) for table in tables])
+    windows, pairs, sets = [pd.concat(tables, ignore_index=True) for tables in zip(*results)]
+    folder.mkdir(parents=True, exist_ok=True)
+    windows.to_csv(folder / "windows.csv", index=False)
+    pairs.to_csv(folder / "pairs.csv", index=False)
+    sets.to_csv(folder / "sets.csv", index=False)
 
-    make_folder(folder)
-    save_json(folder / "results.json", results)
-    change_panels = {
+    title = describe(log)
+    of_batch = f"Clipped gradient of one batch of {analysis.norm_windows} windows\n{title}"
+    since_start = f"Change since epoch 0 (grey: there it was zero)\n{title}"
+    norm = {"norm": "norm in the clipped gradient"}
+    change = {
         "distance": "l2 distance",
-        "relative_distance": "relative distance",
+        "relative_distance": "l2 distance / norm before",
         "cosine": "cosine",
     }
-    norm_panels = {"norm": "norm in the clipped gradient"}
     figures = {
-        "gradient_windows": plot_windows(results),
-        "gradient_shares": plot_shares(results),
-        "gradient_per_set": plot_sets(results, norm_panels, "gradient of one batch"),
-        "parameter_change": plot_sets(results, change_panels, "change since epoch 0"),
-        "clipping": plot_clipping(runs),
+        "gradient_windows": plot_windows(windows, pairs, title),
+        "gradient_shares": plot_shares(sets, of_batch),
+        "gradient_per_set": plot_sets(sets, norm, of_batch),
+        "parameter_change": plot_sets(sets, change, since_start),
+        "clipping": plot_clipping(log, title),
     }
     for name, figure in figures.items():
-        save_figure(figure, folder / f"{name}.png", step=args.num_epochs)
-    print_table(
-        results,
-        {
-            "run": "",
-            "median_norm": ".3f",
-            "clipped_windows": ".0%",
-            "clipped_steps": ".0%",
-            "confusion": ".3f",
-            "distance": ".2f",
-            "relative_distance": ".4f",
-            "cosine": ".5f",
-        },
-    )
+        save_figure(figure, folder / f"{name}.png", log.step.max())
+
+    summary = windows.groupby("label", sort=False)[["norm", "clipped_norm"]].median()
+    summary = summary.add_prefix("median_")
+    summary["mean_cosine"] = pairs.groupby("label").cosine.mean()
+    summary["confusion"] = pairs.groupby("label").cosine.min()
+    summary["median_relative_distance"] = sets.groupby("label").relative_distance.median()
+    print(summary.round(4).to_string())
     print("\nlargest shares, norm of the set / sum of the norms of all sets of the blocks:")
-    for result in results:
-        shares = {name: values["share"] for name, values in result["sets"].items()}
-        largest = sorted(shares, key=shares.get, reverse=True)[:4]
-        print(f"{result['run']}:", ", ".join(f"{name} {shares[name]:.0%}" for name in largest))
-    print(f"{folder}: results.json, {', '.join(figures)}; or: tensorboard --logdir runs")
+    largest = sets.set_index(["block", "set"]).groupby("label", sort=False).share.nlargest(4)
+    print(largest.round(3).to_string())
+    print(f"{folder}: windows.csv, pairs.csv, sets.csv, {', '.join(figures)}")

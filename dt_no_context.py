@@ -2,12 +2,12 @@
 
     python dt_no_context.py --sample                                    # two CPU cores
     python dt_no_context.py --backbone gpt2 --env Hopper-v4             # wants a GPU
-    python dt_no_context.py --backbone gpt2 --replace-blocks all --num-epochs 10
+    python dt_no_context.py --replace-blocks 0 6 11 --num-epochs 10
     python dt_no_context.py --runs runs/ONE runs/ANOTHER                # finished runs, any K
 
 The first two learn with K = 1 (section 5.5, Table 2) and measure how far back the model looks
 before and after (5.6.2). --replace-blocks trains a random model with one block of the pre-trained
-one, for each of the blocks (5.6.1). --runs puts finished runs side by side (Figs. 8 and 10).
+one, for each of these blocks (5.6.1). --runs puts finished runs side by side (Figs. 8 and 10).
 
 Paper: S. Takagi, "On the Effect of Pre-training for Transformer in Different Modality on Offline
 Reinforcement Learning", NeurIPS 2022, https://arxiv.org/abs/2211.09817 (sections 5.5 and 5.6).
@@ -22,35 +22,45 @@ import itertools
 import json
 import math
 import os
-import re
+
+os.environ["MPLBACKEND"] = "agg"  # notebooks set one that need not be there
+import signal
 import sys
+import textwrap
 import time
 import warnings
-from collections import defaultdict
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import gymnasium as gym
 import h5py
+import matplotlib.pyplot as plt
 import minari
 import mujoco
 import numpy as np
+import pandas as pd
+import seaborn as sns
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from matplotlib import colormaps
-from matplotlib.figure import Figure
+from minari.storage import get_dataset_path
+from pydantic import (
+    Field,
+    FiniteFloat,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
+from pydantic.dataclasses import dataclass
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-SCRIPT = Path(__file__).stem
 ASSETS = Path(__file__).resolve().parent / "tests" / "assets"
-RANK = int(os.environ.get("RANK", 0))  # set by torchrun, as is WORLD_SIZE
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
 # ==================================================================================================
@@ -58,20 +68,11 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 # ==================================================================================================
 @dataclass
 class Args:
-    # What this script looks at
-    replace_blocks: tuple[int | Literal["all"], ...] = ()
-    """blocks of --backbone to put into a random model, one run each, beside both models alone"""
-    runs: tuple[str, ...] = ()
-    """finished runs of this script or of dt_pretrained.py to look at instead of training"""
-    attention_epochs: tuple[int, ...] = (0, 4)
-    """epochs at which attention is measured, the first being what the others are compared with"""
-    attention_windows: int = 100
-    """windows of 20 steps on which attention is measured; 0 leaves it out"""
-
     # Starting point and data
     backbone: str = "gpt2"
     """gpt2, igpt, igpt-as-gpt2 (the paper's way of loading ImageGPT), random (the paper's control:
-    one head, ReLU), random-gpt2 (GPT-2's architecture), markov (bundled), or a hub id or folder"""
+    one head, ReLU), random-gpt2 (GPT-2's architecture), a hub id or folder; with --sample also
+    markov (trained on a Markov chain's sequences)"""
     env: str = "Hopper-v4"
     """Hopper, HalfCheetah or Walker2d, -v4 or -v5; others need --dataset and --target-return"""
     dataset: str | None = None
@@ -80,63 +81,95 @@ class Args:
     """bundled data and small backbones, and sizes for two CPU cores where none are given"""
 
     # Model
-    context_length: int = 1
+    context_length: PositiveInt = 20
     """K, the number of time steps that the model sees"""
-    dropout: float = 0.2
+    dropout: float = Field(0.2, ge=0, lt=1)
     """on the residual branches; on attention weights and the backbone's input it is at most 0.1"""
-    head_std: float | None = None
-    """standard deviation of the initial action embedding, which is the action head too; by default
-    nn.Linear's, as in the paper, with which the tanh of the actions starts saturated (try 0.02)"""
+    head_std: PositiveFloat | None = None
+    """standard deviation of the initial weights of the action embedding, which are those of the
+    action head too; None is the paper's, nn.Linear's default, with which the tanh of the actions
+    starts saturated: on Hopper it sees a deviation of 9 (try 0.02)"""
+    return_scale: PositiveFloat = 1000
+    """returns-to-go are divided by this: take about the size of a return of your data"""
 
     # Optimization
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """windows per training step, of all processes together"""
-    learning_rate: float = 1e-4
+    learning_rate: PositiveFloat = 1e-4
     """of AdamW, after the warm-up"""
-    weight_decay: float = 1e-4
+    weight_decay: NonNegativeFloat = 1e-4
     """of AdamW, on all parameters"""
-    warmup_steps: int = 5000
+    warmup_steps: NonNegativeInt = 5000
     """training steps over which the learning rate rises linearly"""
-    max_grad_norm: float = 0.25
-    """gradients longer than this are shortened to it; 0 switches clipping off (App. G.3)"""
-    num_epochs: int = 40
+    max_grad_norm: PositiveFloat = 0.25
+    """gradients longer than this are shortened to it; inf switches clipping off (App. G.3)"""
+    num_epochs: PositiveInt = 40
     """epochs, each followed by an evaluation"""
-    steps_per_epoch: int = 2500
+    steps_per_epoch: PositiveInt = 2500
     """training steps per epoch"""
 
     # Evaluation
-    num_eval_episodes: int = 100
+    num_eval_episodes: PositiveInt = 100
     """episodes per evaluation"""
-    target_return: float | None = None
+    target_return: FiniteFloat | None = None
     """return to ask for; by default Hopper 3600, HalfCheetah 6000, Walker2d 5000"""
 
     # Run
-    seed: int = 666
-    """fixes initial weights, windows, dropout and evaluation episodes"""
-    device: str = "auto"
-    """auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, mps"""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """of matrix products, weights are always float32; auto is bf16 where that is fast"""
+    seed: NonNegativeInt = 666
+    """fixes initial weights, windows, dropout and evaluation episodes; the paper has 666 and 42"""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """cpu, cuda, cuda:1, mps"""
+    precision: Literal["bf16", "fp32"] = (
+        "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    )
+    """of matrix products; weights are always float32"""
     compile: bool = torch.cuda.is_available()
     """torch.compile the model"""
-    save_epochs: tuple[int, ...] = (0, 1, 4)
+    save_epochs: tuple[NonNegativeInt, ...] = (0, 1, 4)
     """epochs whose model is kept, 0 being before training; the last is always kept"""
+    capture_video: bool = False
+    """record an episode of the best and of the last model, as best.gif and last.gif"""
     run_name: str | None = None
-    """folder under runs/; the same command with the same name goes on where the run stopped"""
+    """folder under runs/, by default a new one; the same command with the same name goes on where
+    the run stopped"""
 
 
-# What --sample changes where nothing else is given; models that small need no dropout.
+# What --sample changes where nothing else is given. Models that small need no dropout, and with the
+# paper's head (--head-std None) their actions would be saturated for most of so short a run.
 SAMPLE = Args(
     sample=True,
     dropout=0.0,
+    head_std=0.02,
+    batch_size=8,
     learning_rate=1e-3,
-    warmup_steps=1000,
-    num_epochs=3,
-    steps_per_epoch=1000,
+    warmup_steps=700,
+    num_epochs=2,
+    steps_per_epoch=700,
     num_eval_episodes=8,
 )
-# What may differ from before when a run is gone on with.
-MAY_DIFFER = {"num_epochs", "save_epochs", "runs", "attention_epochs", "attention_windows"}
+
+
+# ==================================================================================================
+# Arguments of the analysis
+# ==================================================================================================
+@dataclass
+class Analysis:
+    replace_blocks: tuple[NonNegativeInt, ...] = ()
+    """blocks of --backbone to put into a random model, one run each; without it --backbone is
+    trained as it is"""
+    runs: tuple[Path, ...] = ()
+    """folders of finished runs of any script, to look at instead of training"""
+    attention_epochs: tuple[NonNegativeInt, ...] = ()
+    """epochs at which attention is measured, the first being what the others are compared with;
+    by default all whose model was kept (--save-epochs)"""
+    attention_windows: NonNegativeInt = 100
+    """windows of 20 steps on which attention is measured; 0 leaves it out"""
+
+
+@dataclass
+class Config:
+    analysis: Analysis
+    training: Args
 
 
 # ==================================================================================================
@@ -173,7 +206,7 @@ class BlockConfig:
 
 
 class Conv1D(nn.Module):
-    """A linear layer that keeps its weight as [in, out], as GPT-2's checkpoints do."""
+    """A linear layer, by the name and with the weight [in, out] that GPT-2's checkpoints have."""
 
     def __init__(self, n_in, n_out):
         super().__init__()
@@ -190,7 +223,7 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        # The reference has 0.1 here whatever --dropout is; without dropout there is none.
+        # The released code has 0.1, whatever the other dropout is. Here 0 switches both off.
         # [decision_transformer/models/decision_transformer.py#L44]
         self.attention_dropout = min(0.1, config.dropout)
         self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
@@ -263,6 +296,9 @@ class DecisionTransformer(nn.Module):
             "act_dim": act_dim,
             "max_timestep": max_timestep,
         }
+        # Of the data's states, so that a checkpoint can be played without the data.
+        self.register_buffer("state_mean", torch.zeros(state_dim))
+        self.register_buffer("state_std", torch.ones(state_dim))
         self.embed_timestep = nn.Embedding(max_timestep, width)
         self.embed_return = nn.Linear(1, width)
         self.embed_state = nn.Linear(state_dim, width)
@@ -308,12 +344,12 @@ class DecisionTransformer(nn.Module):
         x = self.transformer.ln_f(x)
         # The token of s_t predicts a_t: it has seen R_t and s_t, but not a_t itself.
         at_states = x[:, 1::3]  # [batch, K, width]
-        # Not in bf16, where the tanh is flat beyond 3.6 and passes no gradient.
+        # Not in bf16, where tanh(3.6) is rounded to 1, so that its gradient 1 - tanh² is 0.
         with torch.autocast(states.device.type, enabled=False):
             # The action head is the embedding's matrix [width, act_dim] again, without a bias:
             # --share_input_output_proj of the released commands.
             # [decision_transformer/models/decision_transformer.py#L110]
-            return torch.tanh(at_states.float() @ self.embed_action.weight)
+            return torch.tanh(at_states @ self.embed_action.weight)
 
 
 # ==================================================================================================
@@ -336,139 +372,96 @@ class Backbone(NamedTuple):
     blocks: list[BlockConfig]
     final_norm: str
     weights: dict[str, torch.Tensor]  # by their names under model.transformer; none if random
-    pretrained: bool
-    source: str
 
 
 def load_backbone(args):
     """The Backbone that `args.backbone` names, downloaded if it is a hub id that is not cached."""
     if args.backbone in ("random", "random-gpt2"):
-        return random_backbone(args)
+        # GPT-2 small's size, or that of the bundled GPT-2.
+        num_blocks = 4 if args.sample else 12
+        num_heads = 4 if args.sample else 12
+        width = 128 if args.sample else 768
+        block = BlockConfig(
+            n_embd=width,
+            n_head=num_heads,
+            n_inner=4 * width,
+            activation="gelu_new",
+            dropout=args.dropout,
+        )
+        if args.backbone == "random":
+            # The paper's control is not GPT-2's architecture. [experiment.py#L469]
+            block = replace(block, n_head=1, activation="relu")
+        return Backbone([block] * num_blocks, "layernorm", weights={})
+
+    source = HUB_IDS.get(args.backbone, args.backbone)
     if args.sample and args.backbone in BUNDLED:
         source = str(ASSETS / BUNDLED[args.backbone])
-    elif args.backbone == "markov":
-        stop(
-            "markov is bundled for --sample only: make a larger one with "
-            "tests/tools/build_assets.py --what markov and give its folder."
-        )
-    else:
-        source = HUB_IDS.get(args.backbone, args.backbone)
-
-    config, weights = read_pretrained(source)
-    # Everything about the architecture comes from the checkpoint, but for the dropout.
-    layer_norm = "rmsnorm" if config.model_type == "imagegpt" else "layernorm"
+    model, block = read_pretrained(source, args.dropout)
     if args.backbone == "igpt-as-gpt2":
         # The released code puts ImageGPT's weights into GPT-2's blocks, whose LayerNorm subtracts
         # the mean and adds a bias, new and zero.
         # [decision_transformer/models/decision_transformer.py#L46]
-        layer_norm = "layernorm"
-    block = BlockConfig(
-        n_embd=config.n_embd,
-        n_head=config.n_head,
-        n_inner=config.n_inner or 4 * config.n_embd,
-        activation=config.activation_function,
-        layer_norm=layer_norm,
-        epsilon=config.layer_norm_epsilon,
-        dropout=args.dropout,
-    )
-    return Backbone(
-        blocks=[block] * config.n_layer,
-        final_norm=layer_norm,
-        weights=weights,
-        pretrained=True,
-        source=source,
-    )
+        block = replace(block, layer_norm="layernorm")
+    weights = model.state_dict()
+    for name in ("wte.weight", "wpe.weight"):  # word and position embeddings are not used
+        del weights[name]
+    return Backbone([block] * len(model.h), block.layer_norm, weights)
 
 
-def random_backbone(args):
-    """A random Transformer of GPT-2 small's size, or of the bundled GPT-2's."""
-    num_blocks = 4 if args.sample else 12
-    num_heads = 4 if args.sample else 12
-    width = 128 if args.sample else 768
-    block = BlockConfig(
-        n_embd=width,
-        n_head=num_heads,
-        n_inner=4 * width,
-        activation="gelu_new",
-        dropout=args.dropout,
-    )
-    if args.backbone == "random":
-        # The paper's control is not GPT-2's architecture. [experiment.py#L469]
-        block = replace(block, n_head=1, activation="relu")
-    return Backbone(
-        blocks=[block] * num_blocks,
-        final_norm="layernorm",
-        weights={},
-        pretrained=False,
-        source=f"seed {args.seed}",
-    )
+def read_pretrained(source, dropout):
+    """transformers' own model of a GPT-2 or ImageGPT (a folder or hub id), and its BlockConfig.
 
-
-def read_pretrained(source):
-    """Configuration and weights of a GPT-2 or ImageGPT in a folder, in the hub's cache, on the hub.
-
-    Word and position embeddings are left out. transformers only reads the file: the model that is
-    trained is the one above, which the tests hold against transformers' own.
+    Everything about the architecture comes from the checkpoint, but for the dropout.
     """
     # transformers would ask the hub to convert a checkpoint that is kept as .bin.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     import transformers  # here, because it takes seconds and random weights do not need it
-    from huggingface_hub.constants import HF_HUB_CACHE
 
     transformers.logging.set_verbosity_error()
-    model_classes = {"gpt2": transformers.GPT2Model, "imagegpt": transformers.ImageGPTModel}
-    hint = (
-        f"--backbone takes {', '.join(HUB_IDS)}, random, random-gpt2, or the hub id or folder of a "
-        "GPT-2 or ImageGPT; or try --sample"
-    )
-    cache = Path(HF_HUB_CACHE) / f"models--{source.replace('/', '--')}"
-    if cache.exists() and not Path(source).exists():
-        hint = f"if a download was cut or damaged, delete {cache} and start again"
-    try:
-        config = transformers.AutoConfig.from_pretrained(source)
-    except Exception as error:
-        stop(f"The backbone {source} cannot be loaded ({first_line(error)}): {hint}.")
-    if config.model_type not in model_classes:
-        stop(f"The backbone {source} is a {config.model_type}: {hint}.")
-    if config.activation_function not in ACTIVATIONS:
-        stop(f"The activation {config.activation_function} of {source} is none of ACTIVATIONS.")
-    if config.add_cross_attention:
-        stop(f"The backbone {source} has cross-attention, which is not implemented here.")
-    if not config.scale_attn_weights or config.scale_attn_by_inverse_layer_idx:
-        stop(f"The backbone {source} scales its attention in a way that is not implemented here.")
-    if config.n_head < 1 or config.n_embd % config.n_head != 0:
-        stop(f"The backbone {source} has n_head {config.n_head} for n_embd {config.n_embd}.")
-
-    try:
-        model, report = model_classes[config.model_type].from_pretrained(
-            source,
-            config=config,
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are reported, and refused below
-            key_mapping={r"^(_orig_mod\.|module\.)+": ""},  # of torch.compile and DataParallel
+    # The configuration first: a Llama is refused before its 14 GB are fetched.
+    with explain(
+        f"--backbone {source} cannot be loaded; it takes {', '.join(HUB_IDS)}, random, random-gpt2 "
+        "or the hub id or folder of a GPT-2 or ImageGPT; --sample needs no network"
+    ):
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+    if config.model_type not in ("gpt2", "imagegpt"):
+        sys.exit(f"--backbone {source} is a {config.model_type}, not a GPT-2 or ImageGPT.")
+    with explain(f"The weights of --backbone {source} cannot be loaded"):
+        model, report = transformers.AutoModel.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True
         )
-    except Exception as error:
-        stop(f"The backbone {source} cannot be loaded ({first_line(error)}): {hint}.")
-    bad_names = []
-    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        for name in map(str, report[kind]):  # of a mismatch, the name and both shapes
-            # Word embeddings and output heads are not used here, and may be anything.
-            is_used = "h." in name or "ln_f." in name
-            # Old checkpoints keep the causal mask of each block among their weights.
-            is_mask = name.endswith((".attn.bias", ".attn.masked_bias"))
-            if is_used and not is_mask:
-                bad_names.append(name)
-    if bad_names:
-        stop(f"In the backbone {source} these are missing, misshapen or unknown: {bad_names[:3]}.")
+    # transformers would draw them at random.
+    missing = [name for name in report["missing_keys"] if name.startswith(("h.", "ln_f."))]
+    if missing:
+        sys.exit(f"In --backbone {source} these weights are missing: {missing[:3]}.")
+    with explain(f"--backbone {source} does not compute what our blocks do"):
+        block = BlockConfig(
+            n_embd=config.n_embd,
+            n_head=config.n_head,
+            n_inner=config.n_inner or 4 * config.n_embd,
+            activation=config.activation_function,
+            layer_norm="rmsnorm" if config.model_type == "imagegpt" else "layernorm",
+            epsilon=config.layer_norm_epsilon,
+            dropout=dropout,
+        )
+        check_outputs(model, block)
+    return model, block
 
-    weights = {}
-    for name, weight in model.state_dict().items():
-        if not name.startswith(("wte.", "wpe.")):
-            weights[name] = weight
-            if not weight.isfinite().all():
-                stop(f"The weight {name} of the backbone {source} has numbers that are not finite.")
-    return config, weights
+
+@torch.no_grad()
+def check_outputs(theirs, block):
+    """Raise if transformers' model and our blocks with its weights differ in what they compute.
+
+    This runs on every start from a checkpoint: whatever another GPT-2 does that our blocks do not
+    (cross-attention, other scaling, ...) shows here, and so would an error of ours.
+    """
+    ours = nn.Sequential(*[Block(block) for _ in theirs.h]).eval()
+    ours.load_state_dict(theirs.h.state_dict())
+    theirs.wpe.weight.zero_()  # the position embedding, which is not used here
+    theirs.config.is_decoder = True  # without it transformers 5 gives ImageGPT no causal mask
+    x = torch.randn(1, 16, block.n_embd)  # [batch, tokens, width]
+    expected = theirs(inputs_embeds=x, use_cache=False).last_hidden_state
+    torch.testing.assert_close(theirs.ln_f(ours(x)), expected, rtol=1e-3, atol=1e-3)
 
 
 # ==================================================================================================
@@ -481,12 +474,13 @@ class Task(NamedTuple):
     expert_return: float
 
 
+# Minari's medium data were recorded by other policies than D4RL's, which the paper has used: for
+# numbers beside the paper's give --dataset hopper_medium-v2.hdf5.
 TASKS = {
     "Hopper": Task("mujoco/hopper/medium-v0", 3600, -20.272305, 3234.3),
     "HalfCheetah": Task("mujoco/halfcheetah/medium-v0", 6000, -280.178953, 12135.0),
     "Walker2d": Task("mujoco/walker2d/medium-v0", 5000, 1.629008, 4592.3),
 }
-RETURN_SCALE = 1000  # returns-to-go are divided by this, so that the model sees a few units
 
 
 class Episode(NamedTuple):
@@ -511,117 +505,69 @@ def read_d4rl(path):
     [data/download_d4rl_datasets.py#L41]
     """
     with h5py.File(path) as file:
-        observations = file["observations"][()]  # all of it
-        actions = file["actions"][()]
-        rewards = file["rewards"][()]
-        terminals = file["terminals"][()]  # the policy failed
-        if "timeouts" in file:
-            timeouts = file["timeouts"][()]  # the time was up
-        else:  # as in D4RL's -v0 files
-            print(f"{path} has no timeouts: an episode ends where terminals are set, only there.")
-            timeouts = np.zeros_like(terminals)
-    for name, column in (("terminals", terminals), ("timeouts", timeouts)):
-        if column.ndim != 1 or column.dtype.kind not in "biuf":  # booleans or numbers
-            stop(f"The {name} of {path} are not one yes or no a step.")
-    if not len(observations) == len(actions) == len(rewards) == len(terminals) == len(timeouts):
-        stop(f"The columns of {path} differ in length.")
-    episodes = []
-    start = 0
-    for last_step in np.flatnonzero(terminals.astype(bool) | timeouts.astype(bool)):
-        steps = slice(start, last_step + 1)
-        episodes.append(Episode(observations[steps], actions[steps], rewards[steps]))
-        start = last_step + 1
-    return episodes
+        # An episode ends where the policy failed, or where the time was up.
+        is_last = file["terminals"][()].astype(bool) | file["timeouts"][()].astype(bool)
+        ends = np.flatnonzero(is_last) + 1
+        columns = [np.split(file[name][()], ends)[:-1] for name in Episode._fields]
+    return [Episode(*column) for column in zip(*columns)]
 
 
-def find_minari(dataset):
-    """The folder of a Minari data set: bundled, given as a path, or where Minari keeps it."""
-    for folder in (ASSETS / "minari" / dataset, Path(dataset)):
-        if folder.is_dir():
-            return folder
-    folder = minari.storage.get_dataset_path(dataset)
-    if not folder.exists():
+def read_minari(dataset, env_id):
+    """The episodes of a Minari data set that was recorded in `env_id`, in any version of it.
+
+    `dataset` is a folder, or an id: bundled with --sample, kept by Minari, or else downloaded.
+    """
+    roots = (ASSETS / "minari", Path(), get_dataset_path())
+    folders = [root / dataset / "data" for root in roots]
+    folder = next((folder for folder in folders if folder.is_dir()), folders[-1])
+    if not folder.is_dir():
         minari.download_dataset(dataset)
-    return folder
-
-
-def read_minari(folder, env_id):
-    """The episodes of a Minari data set of the environment `env_id`, in any version."""
-    metadata = json.loads((folder / "data" / "metadata.json").read_text())
+    metadata = json.loads((folder / "metadata.json").read_text())
     # Without these Minari would make the environment that the file names: it would run code.
     if not metadata.get("observation_space") or not metadata.get("action_space"):
-        stop(f"{folder} does not say what its observations and actions are, and is not opened.")
-    recorded_in = json.loads(metadata.get("env_spec") or "{}").get("id", env_id)
-    if recorded_in.rsplit("-v", 1)[0] != env_id.rsplit("-v", 1)[0]:
-        stop(f"{folder} was recorded in {recorded_in}, not in {env_id}.")
+        sys.exit(f"{folder} does not say what its observations and actions are: it is not opened.")
+    # Minari keeps the name of an environment without the module that it came from.
+    env_id = env_id.split(":")[-1]
+    recorded_in = json.loads(metadata.get("env_spec") or "{}").get("id", env_id).split(":")[-1]
+    if recorded_in.split("-v")[0] != env_id.split("-v")[0]:
+        sys.exit(f"{folder} was recorded in {recorded_in}, not in {env_id}.")
+    if recorded_in != env_id:  # Hopper and HalfCheetah behave alike in -v4 and -v5, Walker2d not
+        print(f"The data were recorded in {recorded_in}, the model is evaluated in {env_id}.")
     episodes = []
-    for episode in minari.MinariDataset(folder / "data").iterate_episodes():
+    for episode in minari.MinariDataset(folder).iterate_episodes():
         # Minari also keeps the observation after the last action.
-        observations = episode.observations[: len(episode.actions)]
-        episodes.append(Episode(observations, episode.actions, episode.rewards))
+        episodes.append(Episode(episode.observations[:-1], episode.actions, episode.rewards))
     return episodes
 
 
 def load_episodes(args, env):
-    """The episodes of `args.dataset`, checked against the environment that they are meant for.
+    """The episodes of `args.dataset`, which must fit the environment.
 
-    All are kept. The released code drops the one of lowest return by a `<`. [experiment.py#L172]
+    All are kept. The released code loses the one of lowest return, by a `<` where a `<=` should be.
+    [experiment.py#L172]
     """
-    advice = (
-        "it takes a D4RL file, or a folder or id of Minari, which is looked for under "
-        "MINARI_DATASETS_PATH and on its server; or try --sample"
-    )
-    try:
+    name = f"--dataset {args.dataset}"
+    with explain(
+        f"{name} is no D4RL file and no folder or id of Minari that can be read; if a download was "
+        f"cut, delete its folder under {get_dataset_path()}; --sample needs no network"
+    ):
         if Path(args.dataset).is_file():
             episodes = read_d4rl(args.dataset)
         else:
-            folder = find_minari(args.dataset)
-            advice = f"if a download was cut, delete {folder} and start again"
-            episodes = read_minari(folder, args.env)
-    except Exception as error:
-        stop(f"--dataset {args.dataset} cannot be read ({first_line(error)}): {advice}.")
-    check_episodes(episodes, args, env)
+            episodes = read_minari(args.dataset, args.env)
+    shapes = (episodes[0].observations.shape[1:], episodes[0].actions.shape[1:])
+    expected = (env.single_observation_space.shape, env.single_action_space.shape)
+    if shapes != expected:
+        sys.exit(f"{name} has observations and actions of shapes {shapes}, {args.env} {expected}.")
+    if max(np.abs(episode.actions).max() for episode in episodes) > 1.001:  # 1 may be rounded
+        sys.exit(f"{name} has actions beyond -1 to 1, which the model cannot predict.")
     return episodes
-
-
-def check_episodes(episodes, args, env):
-    """Stop with a sentence if training on these episodes would fail, or would make no sense."""
-    name = f"--dataset {args.dataset}"
-    if not episodes:
-        stop(f"{name} has no episode.")
-    state_shape = env.single_observation_space.shape
-    action_shape = env.single_action_space.shape
-    for episode in episodes:
-        length = len(episode.rewards)
-        if length == 0:
-            stop(f"{name} has an episode without a step.")
-        if len(episode.observations) != length or len(episode.actions) != length:
-            stop(f"{name} has an episode whose columns differ in length.")
-        if episode.observations.shape[1:] != state_shape:
-            found = episode.observations.shape[1:]
-            stop(f"{name} has observations of shape {found}, {args.env} has {state_shape}.")
-        if episode.actions.shape[1:] != action_shape:
-            stop(f"{name} has actions of shape {episode.actions.shape[1:]}, not {action_shape}.")
-        if episode.rewards.ndim != 1:
-            stop(f"{name} has rewards of shape {episode.rewards.shape[1:]}, not one number a step.")
-        for column in episode:
-            if column.dtype.kind not in "fiu":
-                stop(f"{name} holds {column.dtype} where numbers are expected.")
-            if not np.isfinite(column).all():
-                stop(f"{name} has numbers that are not finite.")
-        if np.abs(episode.actions).max() > 1.001:
-            stop(f"{name} has actions beyond -1 to 1, which the model cannot predict.")
-        if np.abs(episode.rewards.astype(np.float64)).sum() > 1e30:
-            stop(f"{name} has returns beyond 1e30.")
-    longest = max(len(episode.rewards) for episode in episodes)
-    if args.context_length > longest:
-        stop(f"--context-length {args.context_length} is beyond the longest episode, {longest}.")
 
 
 class OfflineData:
     """The N transitions of all episodes, one after the other, as tensors on the device."""
 
-    def __init__(self, episodes, device):
+    def __init__(self, episodes, args):
         lengths = [len(episode.rewards) for episode in episodes]
         observations = np.concatenate([episode.observations for episode in episodes])
         actions = np.concatenate([episode.actions for episode in episodes])
@@ -632,21 +578,21 @@ class OfflineData:
         std[std < 2e-6] = 1
         # The return-to-go of a step is the undiscounted sum of its reward and of all later ones.
         rewards = [episode.rewards.astype(np.float64) for episode in episodes]
-        returns_to_go = np.concatenate([column[::-1].cumsum()[::-1] for column in rewards])
+        returns_to_go = np.concatenate([r[::-1].cumsum()[::-1] for r in rewards])
         timesteps = np.concatenate([np.arange(length) for length in lengths])
-        # Of each transition, the index behind the last one of its episode.
+        # For each transition, one past the index of the last one of its episode.
         episode_ends = np.repeat(np.cumsum(lengths), lengths)
 
         def float_tensor(values):
-            return torch.as_tensor(np.float32(values), device=device)
+            return torch.as_tensor(np.float32(values), device=args.device)
 
         self.state_mean = float_tensor(mean)  # [state_dim]
         self.state_std = float_tensor(std)  # [state_dim]
         self.states = float_tensor((observations - mean) / std)  # [N, state_dim]
         self.actions = float_tensor(actions)  # [N, act_dim]
-        self.returns_to_go = float_tensor(returns_to_go[:, None] / RETURN_SCALE)  # [N, 1]
-        self.timesteps = torch.as_tensor(timesteps, device=device)  # [N]
-        self.episode_ends = torch.as_tensor(episode_ends, device=device)  # [N]
+        self.returns_to_go = float_tensor(returns_to_go[:, None] / args.return_scale)  # [N, 1]
+        self.timesteps = torch.as_tensor(timesteps, device=args.device)  # [N]
+        self.episode_ends = torch.as_tensor(episode_ends, device=args.device)  # [N]
 
     def windows(self, starts, context_length):
         """The Windows of K steps from the transitions `starts` [batch] on, by an index lookup.
@@ -673,33 +619,37 @@ class OfflineData:
 warnings.filterwarnings("ignore", message=".*is out of date.*")
 
 
+# HalfCheetah's model file sets off a deprecation warning for every copy; all else should be seen.
+def warn_of_mujoco(text):
+    if "deprecated" not in text:
+        print(f"mujoco: {text}", file=sys.stderr)
+
+
+mujoco.set_mju_user_warning(warn_of_mujoco)
+
+
 def make_env(args, num_copies, **options):
     """A gymnasium vector environment of `num_copies` copies of `args.env`."""
-    try:
+    with explain(f"--env {args.env} cannot be made"):
         # In one process: a step of MuJoCo takes less time than to pass it to another.
         env = gym.make_vec(args.env, num_copies, vectorization_mode="sync", **options)
-    except Exception as error:
-        stop(f"The environment {args.env} cannot be made ({first_line(error)}).")
-    space = env.single_action_space
-    is_unit_box = isinstance(space, gym.spaces.Box) and (np.abs([space.low, space.high]) == 1).all()
-    if not is_unit_box:
-        stop(f"{args.env} has actions {space}; the model's are continuous, from -1 to 1.")
+    states = env.single_observation_space
+    actions = env.single_action_space
+    if not isinstance(states, gym.spaces.Box) or len(states.shape) != 1:
+        sys.exit(f"{args.env} has observations {states}; the model's are vectors.")
+    if actions != gym.spaces.Box(-1, 1, actions.shape, actions.dtype):
+        sys.exit(f"{args.env} has actions {actions}; the model's are continuous, from -1 to 1.")
     return env
 
 
-def autocast(args, device):
+def autocast(args):
     """Matrix products in bf16 if `args.precision` says so; all else stays in float32."""
-    if args.precision == "auto" and device.type == "cuda":
-        use_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif args.precision == "auto":  # without these instructions bf16 is slower than float32
-        use_bf16 = bool(torch.cpu.get_capabilities().get("avx512_bf16"))
-    else:
-        use_bf16 = args.precision == "bf16"
-    return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16)
+    device_type = torch.device(args.device).type
+    return torch.autocast(device_type, torch.bfloat16, enabled=args.precision == "bf16")
 
 
 @torch.no_grad()
-def evaluate(model, env, state_mean, state_std, args):
+def evaluate(model, env, args):
     """Play one episode in each copy of `env`, all at once, seeded args.seed, args.seed + 1, ...
 
     Returns the undiscounted returns and the lengths of the episodes, both [episodes]. The model is
@@ -708,47 +658,43 @@ def evaluate(model, env, state_mean, state_std, args):
     [decision_transformer/evaluation/evaluate_episodes.py#L112]
     """
     model.eval()
-    device = state_mean.device
     num_episodes = env.num_envs
     horizon = env.spec.max_episode_steps or 1000
-    state_dim = env.single_observation_space.shape[0]
-    act_dim = env.single_action_space.shape[0]
 
-    # What the model has seen and done, filled in step by step.
-    returns_to_go = torch.zeros(num_episodes, horizon + 1, 1, device=device)
-    states = torch.zeros(num_episodes, horizon, state_dim, device=device)
-    actions = torch.zeros(num_episodes, horizon, act_dim, device=device)  # a_t is 0 until predicted
-    # Where an episode outlasts the embedded time steps, the last is repeated.
-    timesteps = torch.arange(horizon, device=device)
-    timesteps = timesteps.clamp(max=model.embed_timestep.num_embeddings - 1)
-    timesteps = timesteps.expand(num_episodes, -1)
+    # What the model has seen and done, filled in step by step; a_t is 0 until it is predicted.
+    def zeros(*shape):
+        return torch.zeros(num_episodes, horizon, *shape, device=args.device)
+
+    returns_to_go = zeros(1)
+    states = zeros(*env.single_observation_space.shape)
+    actions = zeros(*env.single_action_space.shape)
+    timesteps = torch.arange(horizon, device=args.device).expand(num_episodes, -1)
     episode_returns = np.zeros(num_episodes)
     episode_lengths = np.zeros(num_episodes, dtype=int)
     running = np.ones(num_episodes, dtype=bool)
 
     observations, _ = env.reset(seed=args.seed)
-    returns_to_go[:, 0] = args.target_return / RETURN_SCALE
     for t in tqdm(range(horizon), desc="evaluation", unit="step", leave=False):
-        observations = torch.as_tensor(observations, dtype=torch.float32, device=device)
-        states[:, t] = (observations - state_mean) / state_std
-        rows = torch.as_tensor(np.flatnonzero(running), device=device)  # episodes not yet over
+        observations = torch.as_tensor(np.float32(observations), device=args.device)
+        states[:, t] = (observations - model.state_mean) / model.state_std
+        # What has been received need not be asked for again.
+        to_go = (args.target_return - episode_returns) / args.return_scale
+        returns_to_go[:, t, 0] = torch.as_tensor(np.float32(to_go), device=args.device)
+        rows = torch.as_tensor(np.flatnonzero(running), device=args.device)  # saves time
         context = slice(max(0, t - args.context_length + 1), t + 1)
-        with autocast(args, device):
+        with autocast(args):
             predicted = model(
                 returns_to_go[rows, context],
                 states[rows, context],
                 actions[rows, context],
                 timesteps[rows, context],
             )
-        actions[rows, t] = predicted[:, -1].float()
+        actions[rows, t] = predicted[:, -1]
 
         # Copies that are done go on until all are; what they do from then on is not counted.
         observations, rewards, terminated, truncated, _ = env.step(actions[:, t].cpu().numpy())
         episode_returns += rewards * running
         episode_lengths += running
-        # What has been received need not be asked for again.
-        scaled_rewards = torch.as_tensor(np.float32(rewards / RETURN_SCALE), device=device)
-        returns_to_go[:, t + 1, 0] = returns_to_go[:, t, 0] - scaled_rewards
         running &= ~(terminated | truncated)
         if not running.any():
             break
@@ -762,42 +708,16 @@ def normalized_score(env_id, episode_return):
     its scores are on another scale.
     [analysis/section-4-sanity-check/compute_normalized_score.py#L48]
     """
-    task = TASKS.get(env_id.rsplit("-v", 1)[0])
+    task = TASKS.get(env_id.split("-v")[0])
     if task is None:
-        return math.nan
+        return math.nan * episode_return
     return 100 * (episode_return - task.random_return) / (task.expert_return - task.random_return)
-
-
-def summarize_episodes(returns, lengths, args, rng):
-    """What is recorded of an evaluation: mean return with its 95 % interval, length and score.
-
-    The interval is a bootstrap over the episodes of this evaluation; the next epoch's mean may lie
-    far outside of it.
-    """
-    resampled = rng.choice(returns, size=(10_000, len(returns)))
-    low, high = np.percentile(resampled.mean(axis=1), [2.5, 97.5])
-    return {
-        "return_mean": returns.mean().item(),
-        "return_low": low.item(),
-        "return_high": high.item(),
-        "length_mean": lengths.mean().item(),
-        "normalized_score": normalized_score(args.env, returns.mean().item()),
-    }
 
 
 # ==================================================================================================
 # Training
 # ==================================================================================================
 METRICS = ("loss", "saturated_fraction", "grad_norm", "clipped_fraction")  # of each training step
-
-
-class Run(NamedTuple):
-    """A training run, as it ended or as it was read from its folder."""
-
-    folder: Path
-    args: dict
-    records: list[dict]  # one per epoch, the first being before training
-    history: list[dict]  # means of METRICS, 25 times per epoch
 
 
 def training_loss(model, windows):
@@ -814,209 +734,187 @@ def training_loss(model, windows):
     return loss, saturated_fraction
 
 
-def find_device(args):
-    """The device that `args.device` names; under torchrun each process gets a GPU of its own."""
-    available = ["cpu"]
-    if torch.cuda.is_available():
-        available += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if torch.backends.mps.is_available():
-        available.append("mps")
-    if args.device not in ("auto", *available):
-        stop(f"--device {args.device} is not there; there is {', '.join(available)}.")
-    if WORLD_SIZE > 1 and not torch.distributed.is_initialized():
-        # The first process evaluates while the others wait.
-        torch.distributed.init_process_group(timeout=timedelta(hours=12))
-    name = args.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    device = torch.device(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
-
-
-def make_model(args, backbone, state_dim, act_dim, max_timestep):
+def make_model(args, backbone, data, max_timestep):
     """The Decision Transformer before fine-tuning: `backbone`, and the rest drawn from the seed."""
     torch.manual_seed(args.seed)
     model = DecisionTransformer(
-        backbone.blocks, backbone.final_norm, state_dim, act_dim, max_timestep
+        backbone.blocks,
+        backbone.final_norm,
+        state_dim=data.states.shape[1],
+        act_dim=data.actions.shape[1],
+        max_timestep=max_timestep,
     )
-    # What the checkpoint has, it overwrites: nothing if random, one block if one is replaced.
+    model.state_mean.copy_(data.state_mean)
+    model.state_std.copy_(data.state_std)
+    # What `backbone` has, it overwrites. A random one has nothing, igpt-as-gpt2 no biases of the
+    # LayerNorms, and dt_no_context.py makes one that has a single block.
     weights = model.transformer.state_dict()
     weights.update(backbone.weights)
     model.transformer.load_state_dict(weights)
     if args.head_std is not None:
-        # nn.Linear draws this weight for act_dim inputs, not for the `width` inputs that it has as
-        # the action head: the final LayerNorm gives 768 numbers of variance 1, the tanh sees a
-        # standard deviation of 9 on Hopper, and nearly no gradient passes.
+        # nn.Linear draws this weight for its act_dim inputs, its deviation is 1 / sqrt(3 act_dim).
+        # As the action head it has `width` inputs, which the final LayerNorm gives a variance of 1:
+        # on Hopper the tanh sees a deviation of sqrt(768) / 3 = 9, and passes nearly no gradient.
         nn.init.normal_(model.embed_action.weight, std=args.head_std)
-    return model
+    return model.to(args.device)
 
 
-def train(args, folder, backbone, device):
+def train(args, folder, backbone):
     """Fine-tune `backbone` as `args` say, or go on where the run in `folder` stopped.
 
-    Leaves checkpoints, TensorBoard events and summary.json in `folder`, and returns the Run.
+    Leaves checkpoints, TensorBoard events and log.csv in `folder`: a row for each 25th part of an
+    epoch (the means of METRICS), and one for each episode of an evaluation (return, length, score).
     """
-    # A run that is finished is not trained again.
-    check_folder(folder, args)
-    if (folder / "summary.json").exists():
-        run = read_run(folder)
-        if len(run.records) > args.num_epochs:
-            print(f"{folder} is finished; a higher --num-epochs would go on with it.")
-            return run
+    # Set by torchrun, whose processes each train on windows and on a GPU of their own.
+    rank = int(os.environ.get("RANK", 0))
+    num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    if num_processes > 1 and not torch.distributed.is_initialized():
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # The others wait while the first process evaluates.
+        torch.distributed.init_process_group(timeout=timedelta(hours=12))
 
-    # Environment, data, model, optimizer.
     env = make_env(args, args.num_eval_episodes)
-    data = OfflineData(load_episodes(args, env), device)
+    data = OfflineData(load_episodes(args, env), args)
     longest_episode = int(data.timesteps.max()) + 1
-    model = make_model(
-        args,
-        backbone,
-        state_dim=data.states.shape[1],
-        act_dim=data.actions.shape[1],
-        max_timestep=max(1000, longest_episode, env.spec.max_episode_steps or 0),
-    ).to(device)
+    max_timestep = max(1000, longest_episode, env.spec.max_episode_steps or 0)  # 1000 as released
+    model = make_model(args, backbone, data, max_timestep)
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=args.learning_rate,
         weight_decay=args.weight_decay,
-        eps=1e-6 if backbone.pretrained else 1e-8,  # [utils.py#L60]
+        # Two, as the released code takes one library's optimizer or the other's. [utils.py#L60]
+        eps=1e-8 if args.backbone.startswith("random") else 1e-6,
         fused=True,
     )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda steps_done: min((steps_done + 1) / max(1, args.warmup_steps), 1)
-    )  # [experiment.py#L400]
-    max_grad_norm = args.max_grad_norm or math.inf  # 0 switches clipping off
 
     # Go on where the run stopped.
+    first_epoch = 0
     step = 0
-    records = []
-    history = []
+    log = []
     if (folder / "latest.pt").exists():
-        checkpoint = read_checkpoint(folder / "latest.pt", device)
+        checkpoint = read_checkpoint(folder / "latest.pt", args.device)
+        check_arguments(args, checkpoint["args"], folder)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scheduler.load_state_dict(checkpoint["scheduler"])
+        first_epoch = checkpoint["epoch"] + 1
         step = checkpoint["step"]
-        records = checkpoint["records"]
-        history = checkpoint["history"]
+        log = checkpoint["log"]
+        print(f"{folder} goes on after epoch {checkpoint['epoch']}.")
 
-    # `trained_model` has the parameters of `model`, compiled for a GPU, or shared by processes.
-    trained_model = model
+    # The same parameters, as training uses them: compiled for a GPU, or shared by processes.
+    training_model = model
     if args.compile:
-        trained_model = torch.compile(trained_model, mode="reduce-overhead")  # CUDA graphs
-    if WORLD_SIZE > 1:
-        # Each process trains on windows of its own, and their gradients are averaged. This mean of
-        # means gives a padded window slightly more weight than one mean over all steps would.
-        trained_model = nn.parallel.DistributedDataParallel(trained_model)
+        training_model = torch.compile(training_model, mode="reduce-overhead")  # CUDA graphs
+    if num_processes > 1:
+        # Gradients are averaged. This mean of means gives a padded window slightly more weight than
+        # one mean over all steps would.
+        training_model = nn.parallel.DistributedDataParallel(training_model)
 
-    if RANK == 0:
-        make_folder(folder)
-        save_json(folder / "args.json", asdict(args))
-        print(f"\n{folder}: weights from {backbone.source}, {len(data.states):,} steps of data")
-        if records:
-            print(f"{folder} goes on after epoch {len(records) - 1}.")
-            save_summary(folder, args, backbone, records, history)
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
         writer = SummaryWriter(folder, purge_step=step + 1, flush_secs=10)
-        writer.add_text("hyperparameters", hyperparameter_table(args))
+        rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
+        writer.add_text("hyperparameters", "\n".join(["|argument|value|", "|-|-|", *rows]))
 
-    for epoch in range(len(records), args.num_epochs + 1):  # epoch 0 is the model before training
-        epoch_started = time.perf_counter()
-        num_steps = args.steps_per_epoch if epoch > 0 else 0
+    for epoch in range(first_epoch, args.num_epochs + 1):  # epoch 0 is the model before training
+        num_steps = args.steps_per_epoch if epoch > 0 else 0  # none, it is only evaluated
         # All chance in an epoch follows from the seed and the epoch's number alone, so that a run
         # that was interrupted gives the numbers of one that was not.
-        rng = np.random.default_rng([args.seed, epoch, RANK])
+        rng = np.random.default_rng([args.seed, epoch, rank])
         torch.manual_seed(int(rng.integers(2**60)))  # for dropout
         # Starts are drawn from all transitions, which is what the released code does in two steps:
         # an episode in proportion to its length, then a start in it. [experiment.py#L191]
-        size = (num_steps, args.batch_size // WORLD_SIZE)
-        epoch_starts = torch.as_tensor(rng.integers(len(data.states), size=size), device=device)
-        metrics = torch.zeros(num_steps, len(METRICS), device=device)
-        log_interval = max(1, args.steps_per_epoch // 25)
-        num_logged = 0
+        size = (num_steps, args.batch_size // num_processes)
+        epoch_starts = torch.as_tensor(
+            rng.integers(len(data.states), size=size), device=args.device
+        )
+        log_interval = max(1, num_steps // 25)
+        metrics = []
 
         model.train()
         progress = tqdm(
             epoch_starts,
             desc=f"epoch {epoch}/{args.num_epochs}",
             unit="step",
-            disable=RANK > 0 or epoch == 0,
+            disable=rank > 0 or epoch == 0,
         )
         for i, window_starts in enumerate(progress):
+            # The learning rate rises linearly, then stays. [experiment.py#L400]
+            learning_rate = args.learning_rate * min((step + 1) / max(1, args.warmup_steps), 1)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+
             windows = data.windows(window_starts, args.context_length)
-            with autocast(args, device):
-                loss, saturated_fraction = training_loss(trained_model, windows)
+            with autocast(args):
+                loss, saturated_fraction = training_loss(training_model, windows)
             loss.backward()
             # Here the gradient is clipped. Taken as one vector over all parameters, it is shortened
             # to max_grad_norm if it is longer; its direction stays. The norm returned is the one
             # before that. [decision_transformer/training/seq_trainer.py#L84]
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()
-            scheduler.step()
             optimizer.zero_grad()
             step += 1
 
             # Metrics stay on the device; to read them here would wait for it in every step.
-            clipped = (grad_norm > max_grad_norm).float()
-            metrics[i] = torch.stack([loss.detach(), saturated_fraction, grad_norm, clipped])
-            if RANK == 0 and ((i + 1) % log_interval == 0 or i + 1 == num_steps):
-                means = metrics[num_logged : i + 1].mean(dim=0).tolist()
-                num_logged = i + 1
-                if not np.isfinite(means).all():
-                    stop(f"The loss is not finite at step {step}; try a lower --learning-rate.")
-                latest = {name: f"{value:.4f}" for name, value in zip(METRICS, means)}
-                progress.set_postfix(latest, refresh=False)
-                history.append({"step": step, **dict(zip(METRICS, means))})
-                for name, value in zip(METRICS, means):
+            clipped = (grad_norm > args.max_grad_norm).float()
+            metrics.append(torch.stack([loss.detach(), saturated_fraction, grad_norm, clipped]))
+            if rank == 0 and ((i + 1) % log_interval == 0 or i + 1 == num_steps):
+                means = dict(zip(METRICS, torch.stack(metrics).mean(dim=0).tolist()))
+                metrics = []
+                if not math.isfinite(means["loss"]):
+                    sys.exit(
+                        f"The loss is not finite at step {step}: look for NaN in the data, or go "
+                        f"on with --run-name {args.run_name} and a lower --learning-rate."
+                    )
+                progress.set_postfix(means, refresh=False)
+                log.append({"epoch": epoch, "step": step, **means})
+                for name, value in means.items():
                     writer.add_scalar(f"train/{name}", value, step)
-        if RANK > 0:
+        if rank > 0:
             continue  # the first process evaluates and writes
 
-        returns, lengths = evaluate(model, env, data.state_mean, data.state_std, args)
-        record = {
-            "epoch": epoch,
-            "step": step,
-            # Means over the epoch, nan before training. The paper's "action error" is the loss of
-            # an epoch's last batch alone. [decision_transformer/training/seq_trainer.py#L88]
-            **dict(zip(METRICS, metrics.mean(dim=0).tolist())),
-            **summarize_episodes(returns, lengths, args, rng),
-            "seconds": time.perf_counter() - epoch_started,
-        }
-        records.append(record)
-        for name in ("return_mean", "length_mean", "normalized_score"):
-            writer.add_scalar(f"eval/{name}", record[name], step)
-        tqdm.write(
-            f"epoch {epoch}: return {record['return_mean']:.1f}, "
-            f"95 % interval {record['return_low']:.1f} to {record['return_high']:.1f}"
+        returns, lengths = evaluate(model, env, args)
+        scores = normalized_score(args.env, returns)
+        episodes = pd.DataFrame({"return": returns, "length": lengths, "score": scores})
+        log += episodes.assign(epoch=epoch, step=step).to_dict("records")
+        frame = pd.DataFrame(log).assign(
+            run=str(folder).split("runs/")[-1],
+            env=args.env,
+            dataset=args.dataset,
+            backbone=args.backbone,
+            K=args.context_length,
+            head_std=args.head_std,
+            max_grad_norm=args.max_grad_norm,
+            seed=args.seed,
         )
+        for name, value in episodes.mean().items():
+            writer.add_scalar(f"eval/{name}", value, step)
+        tqdm.write(f"epoch {epoch}: return {returns.mean():.1f}, score {scores.mean():.1f}")
 
-        # Save what can be looked at later, and what is needed to go on.
+        # latest.pt has all that is needed to go on. It is replaced last, and in one step: a run
+        # that is killed anywhere repeats at most an epoch.
+        frame.to_csv(folder / "log.csv", index=False)
         checkpoint = {
             "args": asdict(args),
-            "epoch": epoch,
-            "step": step,
             "architecture": model.architecture,
             "model": model.state_dict(),
-            "state_mean": data.state_mean,
-            "state_std": data.state_std,
+            "epoch": epoch,
+            "step": step,
         }
         if epoch in args.save_epochs or epoch == args.num_epochs:
-            save_checkpoint(folder / f"epoch_{epoch}.pt", checkpoint)
+            torch.save(checkpoint, folder / f"epoch_{epoch}.pt")
         # The best of 40 noisy evaluations flatters, but it is what the paper reports.
-        if epoch > 0 and record["return_mean"] >= max(r["return_mean"] for r in records[1:]):
-            save_checkpoint(folder / "best.pt", checkpoint)
+        mean_returns = frame[frame.epoch > 0].groupby("epoch")["return"].mean()
+        if epoch > 0 and mean_returns.idxmax() == epoch:
+            torch.save(checkpoint, folder / "best.pt")
         checkpoint["optimizer"] = optimizer.state_dict()
-        checkpoint["scheduler"] = scheduler.state_dict()
-        checkpoint["records"] = records
-        checkpoint["history"] = history
-        save_checkpoint(folder / "latest.pt", checkpoint)
-        save_summary(folder, args, backbone, records, history)  # last: it says what is finished
-    if RANK == 0:
+        checkpoint["log"] = log
+        torch.save(checkpoint, folder / "latest.tmp")
+        (folder / "latest.tmp").replace(folder / "latest.pt")
+    if rank == 0:
         writer.close()
-    return Run(folder, asdict(args), records, history)
 
 
 # ==================================================================================================
@@ -1025,68 +923,23 @@ def train(args, folder, backbone, device):
 def mixed_backbone(args, pretrained, block):
     """A random Backbone as deep and wide as `pretrained`, with its block number `block` in there.
 
-    The block keeps its own heads, activation and LayerNorm. With None, all blocks are random.
+    The block keeps its own heads, activation and LayerNorm.
     """
     width = pretrained.blocks[0].n_embd
-    random_block = BlockConfig(
-        n_embd=width,
-        n_head=1,
-        n_inner=4 * width,
-        activation="relu",
-        dropout=args.dropout,
-    )
+    random_block = BlockConfig(width, 1, 4 * width, "relu", dropout=args.dropout)
     blocks = [random_block] * len(pretrained.blocks)
-    weights = {}
-    source = f"seed {args.seed}"
     # `if pretrained_block:` is false for block 0 in the released code, which so trains a whole
     # GPT-2 in its place. [experiment.py#L321]
-    if block is not None:
-        blocks[block] = pretrained.blocks[block]
-        for name, weight in pretrained.weights.items():
-            if name.startswith(f"h.{block}."):
-                weights[name] = weight
-        source += f", block {block} from {pretrained.source}"
-    return Backbone(
-        blocks=blocks,
-        final_norm="layernorm",
-        weights=weights,
-        pretrained=False,  # where Adam's epsilon is chosen, as in [experiment.py#L354]
-        source=source,
-    )
-
-
-def train_with_replaced_blocks(args, folder, device):
-    """Train the random model, the pre-trained one, and one per replaced block; returns the Runs."""
-    pretrained = load_backbone(args)
-    num_blocks = len(pretrained.blocks)
-    if "all" in args.replace_blocks:
-        replaced = range(num_blocks)
-    else:
-        replaced = args.replace_blocks
-    if not pretrained.pretrained or not set(replaced) <= set(range(num_blocks)):
-        stop(f"--replace-blocks takes blocks 0 to {num_blocks - 1} of a pre-trained --backbone.")
-
-    alone = replace(args, replace_blocks=())
-    random_args = replace(alone, backbone="random")
-    random = mixed_backbone(args, pretrained, None)
-    runs = [
-        train(random_args, folder / "random", random, device),
-        train(alone, folder / "pretrained", pretrained, device),
-    ]
-    for block in replaced:
-        run_folder = folder / f"block_{block}"
-        kept_epochs = args.attention_epochs if args.attention_windows > 0 else ()
-        mixed_args = replace(args, replace_blocks=(block,), save_epochs=kept_epochs)
-        mixed = mixed_backbone(args, pretrained, block)
-        runs.append(train(mixed_args, run_folder, mixed, device))
-        # No figure needs these: 1.4 GB a block at GPT-2's size.
-        for name in ("best.pt", "latest.pt"):
-            (run_folder / name).unlink(missing_ok=True)
-    return runs
+    blocks[block] = pretrained.blocks[block]
+    weights = {}
+    for name, weight in pretrained.weights.items():
+        if name.startswith(f"h.{block}."):
+            weights[name] = weight
+    return Backbone(blocks, "layernorm", weights)
 
 
 # ==================================================================================================
-# Attention: how far back a head looks, and at what (section 5.6.2)
+# Attention: how far back a head looks (section 5.6.2)
 # ==================================================================================================
 ATTENTION_CONTEXT = 20  # K of the windows, also for models that were trained with K = 1
 
@@ -1104,519 +957,343 @@ def attention_weights(attention, x):
 
 
 def attention_statistics(weights):
-    """Statistics of attention weights [..., queries, keys], each a mean over the queries: [...].
+    """Attention distance and weight on the own token, of weights [..., queries, keys]: both [...].
 
     The distance of query i is sum_j weights(i, j) |i - j| in tokens (Dosovitskiy et al. 2020); the
     released code divides it by the number of tokens once more.
     [analysis/section-56-dependence-on-context/compute_attention_distance.py#L117]
     The weight on the own token tells heads that look there whatever the input, which "Unveiling
-    Markov Heads" (ICML 2025) finds in GPT-2.
+    Markov Heads" (ICML 2025) finds in GPT-2. Both are means over the queries.
     """
     position = torch.arange(weights.shape[-1], device=weights.device)
-    distance = (position[:, None] - position).abs()
-    return {
-        "distance": (weights * distance).sum(dim=-1).mean(dim=-1),
-        "own_token": weights.diagonal(dim1=-2, dim2=-1).mean(dim=-1),
-        "on_returns": weights[..., 0::3].sum(dim=-1).mean(dim=-1),
-        "on_states": weights[..., 1::3].sum(dim=-1).mean(dim=-1),
-        "on_actions": weights[..., 2::3].sum(dim=-1).mean(dim=-1),
-        "entropy": -torch.special.xlogy(weights, weights).sum(dim=-1).mean(dim=-1),  # nats
-    }
+    tokens_back = (position[:, None] - position).abs()
+    distance = (weights * tokens_back).sum(dim=-1).mean(dim=-1)
+    own_token = weights.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
+    return distance, own_token
 
 
 @torch.no_grad()
 def attention_of_heads(model, windows):
-    """Statistics of every head: {name: [windows, blocks, heads]}, nan where a block has fewer."""
+    """attention_statistics of a model: a table with a row for each block, window and head."""
     x = model.embed(windows.returns_to_go, windows.states, windows.actions, windows.timesteps)
-    most_heads = max(block.attn.n_head for block in model.transformer.h)
-    per_block = defaultdict(list)
-    for block in model.transformer.h:
+    tables = []
+    for number, block in enumerate(model.transformer.h):
         weights = attention_weights(block.attn, block.ln_1(x))
-        missing_heads = most_heads - block.attn.n_head
-        for name, values in attention_statistics(weights).items():  # [windows, heads]
-            per_block[name].append(F.pad(values, (0, missing_heads), value=math.nan))
+        distance, own_token = attention_statistics(weights)  # [windows, heads]
+        columns = {
+            "distance": pd.DataFrame(distance.cpu().numpy()).stack(),
+            "own_token": pd.DataFrame(own_token.cpu().numpy()).stack(),
+        }
+        table = pd.DataFrame(columns).rename_axis(["window", "head"]).reset_index()
+        tables.append(table.assign(block=number))
         x = block(x)
-    return {name: torch.stack(values, dim=1).cpu().numpy() for name, values in per_block.items()}
+    return pd.concat(tables)
 
 
-def measure_attention(run, args, device):
-    """Statistics of all heads of a Run's models: {epoch: {name: [windows, blocks, heads]}}.
-
-    The windows are the same for all models of a data set, and none is padded.
-    """
-    data_args = replace(args, env=run.args["env"], dataset=run.args["dataset"])
-    data = OfflineData(load_episodes(data_args, make_env(data_args, 1)), device)
-    starts = torch.arange(len(data.states), device=device)
-    is_whole = starts + ATTENTION_CONTEXT <= data.episode_ends
-    if not is_whole.any():
-        stop(f"{data_args.dataset} has no episode of {ATTENTION_CONTEXT} steps.")
-    rng = np.random.default_rng(args.seed)
-    chosen = torch.as_tensor(rng.choice(starts[is_whole].cpu(), args.attention_windows))
-    windows = data.windows(chosen.to(device), ATTENTION_CONTEXT)
-
-    last_epoch = run.records[-1]["epoch"]
-    # Of a run that is shorter than an epoch that was asked for, the last.
-    epochs = {min(epoch, last_epoch) for epoch in args.attention_epochs}
-    attention = {}
-    for epoch in sorted(epochs):
-        model = load_model(run.folder / f"epoch_{epoch}.pt", device)
-        attention[epoch] = attention_of_heads(model, windows)
-    return attention
+def draw_windows(args, num_windows, seed):
+    """`num_windows` different Windows of 20 steps of `args.dataset`, none of them padded."""
+    data = OfflineData(load_episodes(args, make_env(args, 1)), args)
+    starts = torch.arange(len(data.states), device=args.device)
+    starts = starts[starts + ATTENTION_CONTEXT <= data.episode_ends]
+    if len(starts) < num_windows:
+        sys.exit(
+            f"{args.dataset} has {len(starts)} windows of {ATTENTION_CONTEXT} steps: give "
+            f"--attention-windows {len(starts)} or fewer, 0 leaves attention out."
+        )
+    chosen = np.random.default_rng(seed).choice(len(starts), num_windows, replace=False)
+    return data.windows(starts[torch.as_tensor(chosen, device=args.device)], ATTENTION_CONTEXT)
 
 
-def distance_gap(attention, epoch):
-    """Change of each window's attention distance since the first epoch: [windows, blocks].
-
-    The distance of a block is the mean over its heads.
-    """
-    first = min(attention)
-    before = np.nanmean(attention[first]["distance"], axis=2)
-    after = np.nanmean(attention[epoch]["distance"], axis=2)
-    return np.abs(after - before)
-
-
-ATTENTION_FORMATS = {
-    "label": "",
-    "seed": "d",
-    "epoch": "d",
-    "block": "d",
-    "median_gap": ".2f",
-    "distance": ".2f",
-    "own_token": ".2f",
-    "on_returns": ".2f",
-    "on_states": ".2f",
-    "on_actions": ".2f",
-    "entropy": ".2f",
-}
-
-
-def attention_table(runs, attentions):
-    """Rows of what is measured: for each run, epoch and block, each statistic of each head."""
-    rows = []
-    for run, attention in zip(runs, attentions):
-        for epoch, statistics in attention.items():
-            median_gaps = np.median(distance_gap(attention, epoch), axis=0)  # [blocks]
-            for block, median_gap in enumerate(median_gaps):
-                row = {
-                    "run": str(run.folder),
-                    "label": run_label(run),
-                    "seed": run.args["seed"],
-                    "epoch": epoch,
-                    "block": block,
-                    "median_gap": median_gap.item(),
-                }
-                for name, values in statistics.items():
-                    row[name] = values[:, block].mean(axis=0).tolist()  # [heads]
-                rows.append(row)
-    return rows
-
-
-def mean_over_heads(row):
-    """A row of attention_table with one number in place of one for each head."""
-    means = {}
-    for name, value in row.items():
-        means[name] = np.nanmean(value).item() if isinstance(value, list) else value
-    return means
+def measure_attention(folder, analysis, args):
+    """attention_of_heads of a finished run at each epoch; runs on one data set see the same."""
+    epochs = analysis.attention_epochs
+    if not epochs:
+        epochs = sorted(int(path.stem.split("_")[1]) for path in folder.glob("epoch_*.pt"))
+    tables = []
+    for epoch in epochs:
+        model, run_args = load_model(folder / f"epoch_{epoch}.pt", args.device)
+        if not tables:
+            windows = draw_windows(run_args, analysis.attention_windows, args.seed)
+        tables.append(attention_of_heads(model, windows).assign(epoch=epoch))
+    return pd.concat(tables).assign(run=str(folder).split("runs/")[-1])
 
 
 # ==================================================================================================
 # Figures
 # ==================================================================================================
-def run_label(run):
-    replaced = run.args.get("replace_blocks")
-    if replaced:
-        return f"block {replaced[0]}"
-    name = Path(run.args["backbone"]).name
-    if run.args["head_std"] is not None:
-        name += f", head {run.args['head_std']:g}"
-    return name
+def colors_of(log):
+    """{label: color}, so that a run has the same color in all figures."""
+    labels = log.label.unique()
+    # The colors for the color-blind are ten.
+    palette = "colorblind" if len(labels) <= 10 else "viridis"
+    return dict(zip(labels, sns.color_palette(palette, len(labels))))
 
 
-def legend_label(run):
-    return f"{run_label(run)}, K = {run.args['context_length']}, seed {run.args['seed']}"
+def plot_learning_curves(log):
+    """Return, loss and saturation over the training steps; the line's style tells K (Fig. 8).
 
-
-def run_color(run, num_runs):
-    replaced = run.args.get("replace_blocks")
-    if replaced:  # the deeper the block, the lighter
-        return colormaps["viridis"](replaced[0] / num_runs)
-    return COLORS.get(Path(run.args["backbone"]).name, OTHER_COLOR)
-
-
-def moving_average(values):
-    """Keeps 0.8 of the past. The paper's starts at 1.2 times the first value, by a slip.
-
+    The released figures are moving averages, which by a slip start at 1.2 times the first value.
     [analysis/section-55-fine-tuning-no-context/plot_learning_curve_no_context.py#L217]
     """
-    return list(itertools.accumulate(values, lambda mean, value: 0.8 * mean + 0.2 * value))
-
-
-def plot_learning_curves(runs, smooth):
-    """Return, loss and saturation per epoch; K = 1 is solid, a longer context dashed (Fig. 8).
-
-    Crosses are runs with another --head-std than the paper's.
-    """
-    subject = "learning curves, moving averages" if smooth else "learning curves"
-    figure = new_figure(runs[0].args, subject, 13, 4.2)
-    panels = {
-        "return_mean": "return",
+    labels = {
+        "return": "return, mean and 95 % interval",
         "loss": "mean squared action error",
         "saturated_fraction": "share of |action| > 0.99",
     }
-    for axes, (name, label) in zip(figure.subplots(1, 3), panels.items()):
-        for run in runs:
-            # There is no loss before training.
-            records = run.records if name == "return_mean" else run.records[1:]
-            epochs = [record["epoch"] for record in records]
-            values = [record[name] for record in records]
-            if smooth:
-                values = moving_average(values)
-            style = "-" if run.args["context_length"] == 1 else "--"
-            style += "o" if run.args["head_std"] is None else "x"
-            color = run_color(run, len(runs))
-            axes.plot(epochs, values, style, markersize=3, color=color, label=legend_label(run))
-            if name == "return_mean" and not smooth:
-                low = [record["return_low"] for record in records]
-                high = [record["return_high"] for record in records]
-                axes.fill_between(epochs, low, high, color=color, alpha=0.15, linewidth=0)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set(xlabel="epoch", ylabel=label)
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=3)
-    return figure
+    grid = sns.relplot(
+        log.melt(["label", "K", "step"], list(labels)).dropna(),
+        x="step",
+        y="value",
+        hue="label",
+        palette=colors_of(log),
+        style="K",
+        col="variable",
+        kind="line",
+        height=4,
+        facet_kws={"sharey": False},
+        seed=0,  # of the bootstrap over the episodes of an evaluation
+    )
+    for name, axes in grid.axes_dict.items():
+        axes.set(title="", xlabel="training step", ylabel=labels[name])
+    grid.figure.suptitle(describe(log), y=1, va="bottom")
+    return grid.figure
 
 
-def plot_attention_gaps(runs, attentions):
-    """The gap |d(epoch) - d(first)| of each window, per block, all runs side by side (Fig. 10).
+def attention_title(attention, log):
+    num_windows = attention.window.nunique()
+    return f"{describe(log)}\nattention in {num_windows} windows of K = {ATTENTION_CONTEXT}"
+
+
+def distance_gaps(attention):
+    """|d(epoch) - d(first epoch)| of each run, block and window; d is the mean over the heads."""
+    keys = ["label", "block", "window"]
+    distances = attention.groupby([*keys, "epoch"], sort=False).distance.mean().reset_index()
+    first = distances.groupby(keys).transform("first")
+    gaps = distances.assign(gap=(distances.distance - first.distance).abs())
+    return gaps[gaps.epoch != first.epoch]
+
+
+def plot_attention_gaps(attention, log):
+    """How much the attention distance of the windows has changed, per block (Fig. 10).
 
     Whiskers reach 1.5 interquartile ranges, as in the paper. There, blocks of ImageGPT are averaged
     in pairs; here, all 24 are drawn.
     """
-    num_windows = len(attentions[0][min(attentions[0])]["distance"])
-    num_panels = max(len(attention) for attention in attentions) - 1
-    subject = f"change of the attention distance, {num_windows} windows of K = {ATTENTION_CONTEXT}"
-    figure = new_figure(runs[0].args, subject, max(11, 6 * num_panels), 4.4)
-    all_axes = figure.subplots(1, num_panels, squeeze=False)[0]
-    all_axes[0].set_ylabel("|d(epoch) - d(first epoch)| in tokens")
-    width = 0.8 / len(runs)  # the boxes of a block stand side by side, around its tick
-    for i, (run, attention) in enumerate(zip(runs, attentions)):
-        first, *later = sorted(attention)
-        for axes, epoch in zip(all_axes, later):
-            gaps = distance_gap(attention, epoch)  # [windows, blocks]
-            blocks = np.arange(gaps.shape[1])
-            boxes = axes.boxplot(
-                gaps,
-                positions=blocks + (i - (len(runs) - 1) / 2) * width,
-                widths=0.8 * width,
-                manage_ticks=False,
-                patch_artist=True,
-                boxprops={"facecolor": run_color(run, len(runs)), "alpha": 0.7},
-                medianprops={"color": "black"},
-                flierprops={"markersize": 2},
-            )
-            boxes["boxes"][0].set_label(f"{legend_label(run)}, epoch {first} to {epoch}")
-            axes.set(xlabel="block", xticks=blocks)
-    for axes in all_axes:
-        axes.legend(frameon=False, fontsize="small")
-    return figure
+    grid = sns.catplot(
+        distance_gaps(attention),
+        x="block",
+        y="gap",
+        hue="label",
+        palette=colors_of(log),
+        col="epoch",
+        kind="box",
+        whis=1.5,
+        fliersize=2,
+        saturation=1,
+        height=4,
+        aspect=1.5,
+    )
+    grid.set_titles(f"epoch {attention.epoch.iloc[0]} to epoch {{col_name}}")
+    grid.set_axis_labels("block", "change of the attention distance (tokens)")
+    grid.figure.suptitle(attention_title(attention, log), y=1, va="bottom")
+    return grid.figure
 
 
-def plot_attention_heads(runs, attentions):
-    """Each head's attention distance before and after, and its weight on its own token after."""
-    figure = new_figure(runs[0].args, "attention of every head", 13, 3.2 * len(runs) + 0.6)
-    rows = figure.subplots(len(runs), 3, squeeze=False)
-    for row, run, attention in zip(rows, runs, attentions):
-        first = min(attention)
-        last = max(attention)
-        before = attention[first]["distance"].mean(axis=0)  # [blocks, heads]
-        after = attention[last]["distance"].mean(axis=0)
-        own_token = attention[last]["own_token"].mean(axis=0)
-        shortest = min(np.nanmin(before), np.nanmin(after))
-        longest = max(np.nanmax(before), np.nanmax(after))
-        panels = [
-            (f"distance in tokens, epoch {first}", before, shortest, longest),
-            (f"distance in tokens, epoch {last}", after, shortest, longest),
-            (f"weight on the own token, epoch {last}", own_token, 0, 1),
-        ]
-        for axes, (title, values, low, high) in zip(row, panels):
-            image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=low, vmax=high)
-            axes.set(title=title, xlabel="head")
-            axes.set(xticks=range(values.shape[1]), yticks=range(len(values)))
+def plot_attention_heads(attention, log):
+    """Attention distance and weight on the own token of each head, in the first and last epoch."""
+    panels = {"distance": "distance (tokens)", "own_token": "weight on the own token"}
+    means = attention.groupby(["label", "epoch", "block", "head"])[list(panels)].mean()
+    lowest = means.min()
+    highest = means.max()
+    runs = attention.groupby("label", sort=False)
+    figure, grid = plt.subplots(
+        len(runs), 4, figsize=(16, 3 * len(runs)), squeeze=False, layout="constrained"
+    )
+    for row, (label, run) in zip(grid, runs):
+        epochs = [run.epoch.iloc[0], run.epoch.iloc[-1]]
+        for axes, (name, epoch) in zip(row, itertools.product(panels, epochs)):
+            heads = means.loc[label, epoch][name].unstack("head")
+            # seaborn's heatmap would draw the whole figure anew for each panel.
+            image = axes.imshow(heads, vmin=lowest[name], vmax=highest[name], aspect="auto")
             figure.colorbar(image, ax=axes)
-        row[0].set_ylabel(f"{legend_label(run)}\nblock")
+            axes.set(xticks=heads.columns, yticks=heads.index, xlabel="head", ylabel="block")
+            axes.set_title(f"{panels[name]}, epoch {epoch}")
+        row[0].set_ylabel(label.replace(", ", "\n") + "\n\nblock")
+    figure.suptitle(attention_title(attention, log))
     return figure
 
 
 # ==================================================================================================
-# Utilities: arguments, files, tables, errors
+# Runs: finished ones, side by side
 # ==================================================================================================
-COLORS = {  # colour-blind safe, after Okabe and Ito
-    "gpt2": "#0072B2",
-    "igpt": "#D55E00",
-    "igpt-as-gpt2": "#E69F00",
-    "random": "#555555",
-    "random-gpt2": "#009E73",
-    "markov": "#56B4E9",
-}
-OTHER_COLOR = "#CC79A7"
+# What may tell runs apart. These stand in every row of log.csv.
+SETTINGS = ["env", "dataset", "backbone", "K", "head_std", "max_grad_norm", "seed"]
 
 
-def stop(message, status=2):
-    """End the program with one sentence about something that the user can put right."""
-    if RANK == 0:
-        tqdm.write(message, file=sys.stderr)  # on a line of its own, also beside a progress bar
-    elif status == 2:
-        time.sleep(30)  # torchrun ends all processes with the first that ends: let rank 0 speak
-    raise SystemExit(status)
+def read_logs(folders):
+    """The log.csv of several runs, one below the other.
+
+    A run is called by its path below runs/, as two studies may both have a `random`. Figures call
+    it by its `label`, which is unique: the backbone, and what else is not the same for all.
+    """
+    logs = []
+    for folder in folders:
+        with explain(f"{folder} is no folder of a run"):
+            log = pd.read_csv(folder / "log.csv")
+        logs.append(log.assign(run=str(folder).split("runs/")[-1]))
+    log = pd.concat(logs, ignore_index=True)
+    runs = log.drop_duplicates("run").set_index("run")[SETTINGS]
+    runs = runs.astype(object).fillna("default")  # a head_std that was not given
+    differs = runs.nunique() > 1
+    labels = runs.backbone.copy()
+    for name in runs.columns[differs].drop("backbone", errors="ignore"):
+        labels += ", " + name + " " + runs[name].astype(str)
+    if labels.duplicated().any():
+        labels += " (" + labels.index + ")"
+    return log.assign(label=log.run.map(labels))
 
 
-def first_line(error):
-    """An exception in a few words, to be put into a sentence."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}".rstrip(" .:")
+def describe(log):
+    """What the title of a figure says of the runs in it."""
+    parts = []
+    for name in ("env", "dataset", "backbone", "K", "seed"):
+        parts.append(f"{name} " + ", ".join(log[name].astype(str).unique()))
+    return textwrap.fill("; ".join(parts), 110)
 
 
-def complete_arguments(args):
-    """Check the arguments, and fill in what was not given and depends on others."""
-    counts = ("context_length", "batch_size", "num_epochs", "steps_per_epoch", "num_eval_episodes")
-    for name in counts:
-        if getattr(args, name) < 1:
-            stop(f"--{name.replace('_', '-')} must be at least 1.")
-    for name in ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm"):
-        if not 0 <= getattr(args, name) < math.inf:
-            stop(f"--{name.replace('_', '-')} must be 0 or more.")
-    if args.head_std is not None and not 0 < args.head_std < math.inf:
-        stop("--head-std must be above 0.")
-    if not 0 <= args.dropout < 1:
-        stop("--dropout must be at least 0, and below 1.")
-    if not 0 <= args.seed < 2**63:
-        stop("--seed must be from 0 to 2^63 - 1.")
-    if args.batch_size % WORLD_SIZE != 0:
-        stop(f"--batch-size {args.batch_size} cannot be shared evenly by {WORLD_SIZE} processes.")
-    env_name = args.env.rsplit("-v", 1)[0]
-    task = TASKS.get(env_name)
-    if task is None and (args.dataset is None or args.target_return is None):
-        stop(f"{args.env} is none of {', '.join(TASKS)}: give --dataset and --target-return.")
+# ==================================================================================================
+# Utilities: arguments, files, errors
+# ==================================================================================================
+@contextmanager
+def explain(what):
+    """End with one sentence, `what` and the error, where a library fails at what a user brought."""
+    try:
+        yield
+    except Exception as error:
+        sys.exit(f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:300]}).")
+
+
+def complete_arguments(args, subject):
+    """Fill in what was not given and depends on others; returns the folder of the run.
+
+    `subject` stands in its name. From here on Ctrl-C ends in a sentence that says how to go on.
+    """
+    env_name = args.env.split("-v")[0]
+    if env_name not in TASKS and None in (args.dataset, args.target_return):
+        sys.exit(
+            f"--env {args.env} is none of {', '.join(TASKS)}: give --dataset and --target-return."
+        )
+    if args.sample and not ASSETS.is_dir():
+        sys.exit(f"--sample needs {ASSETS}, which comes with the repository.")
+    with explain(f"--device {args.device} cannot be used"):
+        torch.zeros(1, device=args.device)
     if args.dataset is None:
-        args.dataset = task.dataset
+        args.dataset = TASKS[env_name].dataset
         if args.sample:
             args.dataset = f"sample/{env_name.lower()}/medium-v0"
     if args.target_return is None:
-        args.target_return = task.target_return
+        args.target_return = TASKS[env_name].target_return
     if args.run_name is None:
-        backbone_name = Path(args.backbone or "study").name  # a study has several
-        name = f"{args.env}__{SCRIPT}__{backbone_name}__{args.seed}__{int(time.time())}"
-        args.run_name = re.sub(r"[^\w.-]+", "-", name)  # an environment may have a / or a :
-    if not re.fullmatch(r"\w[\w. -]*", args.run_name):
-        stop(f"--run-name {args.run_name} must be the name of a folder under runs/, not a path.")
+        script = Path(__file__).stem
+        args.run_name = f"{args.env}__{script}__{subject}__{args.seed}__{time.time_ns()}"
+    goes_on = f"Interrupted; the same command with --run-name {args.run_name} goes on."
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(goes_on))
+    return Path("runs") / args.run_name
 
 
-def check_folder(folder, args):
-    """If there is a run in `folder` already, `args` must be what it was started with."""
-    path = folder / "args.json"
-    if not path.exists():
-        return
-    earlier = json.loads(path.read_text())
-    given = json.loads(json.dumps(asdict(args)))  # JSON makes lists of tuples
-    for name, value in given.items():
-        if name not in MAY_DIFFER and value != earlier.get(name):
-            stop(
-                f"{folder} was started with {name} = {earlier.get(name)}, not {value}: "
-                "choose another --run-name, or the arguments that it was started with."
+def check_arguments(args, earlier, folder):
+    """The run in `folder` can only go on with the arguments that it was started with, `earlier`."""
+    may_differ = {"num_epochs", "save_epochs", "capture_video", "device", "compile", "run_name"}
+    if args.learning_rate < earlier["learning_rate"]:  # after a loss that was not finite
+        may_differ.add("learning_rate")
+    for name, value in asdict(args).items():
+        if name not in may_differ and value != earlier[name]:
+            sys.exit(
+                f"{folder} was started with {name} = {earlier[name]}, not {value}: choose another "
+                "--run-name, or the arguments that it was started with."
             )
 
 
-def make_folder(folder):
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        stop(f"The folder {folder} cannot be made ({first_line(error)}).")
-
-
-@contextmanager
-def replacing(path):
-    """A temporary path to write to, which then replaces `path`: what is there is always whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # RuntimeError is torch.save's way to say it
-        temporary.unlink(missing_ok=True)
-        stop(
-            f"{path} cannot be written ({first_line(error)}): make room in {path.parent}, and the "
-            "same command with the same --run-name goes on."
-        )
-
-
-def save_json(path, content):
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1))
-
-
-def save_summary(folder, args, backbone, records, history):
-    """Everything about a run in numbers, which read_run reads again."""
-    summary = {
-        "args": asdict(args),
-        "source": backbone.source,
-        "epochs": records,
-        "history": history,
-    }
-    save_json(folder / "summary.json", summary)
-
-
-def save_checkpoint(path, checkpoint):
-    with replacing(path) as temporary:
-        torch.save(checkpoint, temporary)
+def read_checkpoint(path, device):
+    with explain(f"{path} is missing or damaged"):
+        # weights_only: a checkpoint is data, and must not be able to run code.
+        return torch.load(path, map_location=device, weights_only=True)
 
 
 def load_model(path, device):
-    """The model of a checkpoint that any of the scripts has written, in evaluation mode."""
+    """The model of a checkpoint in evaluation mode, and the Args of its run, both on `device`."""
     checkpoint = read_checkpoint(path, device)
-    architecture = dict(checkpoint["architecture"])
+    architecture = checkpoint["architecture"]
     blocks = [BlockConfig(**config) for config in architecture.pop("blocks")]
     model = DecisionTransformer(blocks, **architecture).to(device)
     model.load_state_dict(checkpoint["model"])
-    return model.eval()
-
-
-def read_checkpoint(path, device):
-    try:
-        # weights_only: a checkpoint is data, and must not be able to run code.
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:
-        stop(f"{path} is missing or damaged ({first_line(error)}).")
-    if not isinstance(checkpoint, dict) or "architecture" not in checkpoint:
-        stop(f"{path} is no checkpoint of these scripts.")
-    return checkpoint
+    args = Args(**checkpoint["args"])
+    return model.eval(), replace(args, device=device)
 
 
 def save_figure(figure, path, step):
-    """Write a matplotlib figure as a PNG and as a TensorBoard image."""
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+    """Keep a figure as a PNG and as a TensorBoard image."""
+    figure.savefig(path, dpi=120, bbox_inches="tight")
     with SummaryWriter(path.parent) as writer:
         writer.add_figure(path.stem, figure, step)
-
-
-def new_figure(args, subject, width, height):
-    """An empty figure, width x height in inches, titled with what it shows of which environment."""
-    sample = ", bundled sample" if args["sample"] else ""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(f"{args['env']}: {subject}{sample}")
-    return figure
-
-
-def read_run(folder):
-    """The Run in a folder of any of the scripts."""
-    path = Path(folder) / "summary.json"
-    if not path.exists():
-        stop(f"{folder} is no folder of a run: it has no summary.json.")
-    summary = json.loads(path.read_text())
-    return Run(Path(folder), summary["args"], summary["epochs"], summary["history"])
-
-
-def print_table(rows, formats):
-    """Print dicts as a table; `formats` are its columns and how their numbers are written."""
-    table = [list(formats)]
-    for row in rows:
-        cells = []
-        for name, form in formats.items():
-            is_nan = isinstance(row[name], float) and math.isnan(row[name])
-            cells.append("-" if is_nan else format(row[name], form))
-        table.append(cells)
-    widths = [max(len(cell) for cell in column) for column in zip(*table)]
-    for cells in table:
-        print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths)))
-
-
-def hyperparameter_table(args):
-    """The arguments as a table in markdown, for TensorBoard."""
-    rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
-    return "\n".join(["|argument|value|", "|-|-|", *rows])
-
-
-# HalfCheetah's model file sets off a deprecation warning for every copy; all else should be seen.
-def warn_of_mujoco(text):
-    if "deprecated" not in text:
-        print(f"mujoco: {text}", file=sys.stderr)
-
-
-mujoco.set_mju_user_warning(warn_of_mujoco)
 
 
 # ==================================================================================================
 # Experiment
 # ==================================================================================================
 if __name__ == "__main__":
-    defaults = SAMPLE if "--sample" in sys.argv else Args()
-    args = tyro.cli(Args, default=defaults, description=__doc__)
-    complete_arguments(args)
-    if args.attention_windows < 0 or min(args.attention_epochs, default=-1) < 0:
-        stop("--attention-windows and --attention-epochs must not be negative or empty.")
-    args.save_epochs = (*args.save_epochs, *args.attention_epochs)
-    folder = Path("runs") / args.run_name
-    device = find_device(args)
-    try:
-        if args.runs:
-            runs = [read_run(run) for run in args.runs]
-        elif args.replace_blocks:
-            runs = train_with_replaced_blocks(args, folder, device)
-        else:
-            runs = [train(args, folder, load_backbone(args), device)]
-    except KeyboardInterrupt:
-        stop(f"Interrupted; the same command with --run-name {args.run_name} goes on.", status=130)
-    if RANK > 0:
-        sys.exit()
+    defaults = Config(Analysis(), Args(context_length=1))
+    if "--sample" in sys.argv:
+        defaults.training = replace(SAMPLE, context_length=1)
+    config = tyro.cli(tyro.conf.OmitArgPrefixes[Config], default=defaults, description=__doc__)
+    analysis = config.analysis
+    args = config.training
+    folder = complete_arguments(args, "runs" if analysis.runs else Path(args.backbone).name)
+    folders = list(analysis.runs)
+    if not folders:
+        backbone = load_backbone(args)
+        # All that could end the script after the training ends it before.
+        last_block = len(backbone.blocks) - 1
+        if max(analysis.replace_blocks, default=0) > last_block:
+            sys.exit(f"--replace-blocks: --backbone {args.backbone} has blocks 0 to {last_block}.")
+        if max(analysis.attention_epochs, default=0) > args.num_epochs:
+            sys.exit(f"--attention-epochs: the last is {args.num_epochs} (--num-epochs).")
+        draw_windows(args, analysis.attention_windows, args.seed)
 
-    make_folder(folder)
-    figures = {"learning_curves": plot_learning_curves(runs, smooth=bool(args.replace_blocks))}
-    attention_rows = []
-    if args.attention_windows > 0:
-        attentions = []
-        for run in tqdm(runs, desc="attention", unit="model"):
-            attentions.append(measure_attention(run, args, device))
-        if any(len(attention) > 1 for attention in attentions):
-            figures["attention_gaps"] = plot_attention_gaps(runs, attentions)
-        figures["attention_heads"] = plot_attention_heads(runs, attentions)
-        attention_rows = attention_table(runs, attentions)
-        print("\nattention: median gap of the block, and means over its heads")
-        print_table([mean_over_heads(row) for row in attention_rows], ATTENTION_FORMATS)
-        print()
-    for name, figure in figures.items():
-        save_figure(figure, folder / f"{name}.png", step=args.num_epochs)
+        args.save_epochs += analysis.attention_epochs
+        if not analysis.replace_blocks:
+            train(args, folder, backbone)
+            folders.append(folder)
+        for block in analysis.replace_blocks:
+            folders.append(folder / f"block_{block}")
+            # It starts like a random model's name, by which Adam's epsilon is chosen, as in
+            # [experiment.py#L354].
+            mixed_args = replace(args, backbone=f"random with block {block} of {args.backbone}")
+            train(mixed_args, folders[-1], mixed_backbone(args, backbone, block))
+    if int(os.environ.get("RANK", 0)) > 0:
+        sys.exit()  # under torchrun the first process does the rest
 
-    run_rows = []
-    for run in runs:
-        env_id = run.args["env"]
-        last = run.records[-1]
-        scores = [record["normalized_score"] for record in run.records]
-        run_rows.append(
-            {
-                "run": run_label(run),
-                "K": run.args["context_length"],
-                "seed": run.args["seed"],
-                "best_score": max(scores[1:]),
-                "last_score": scores[-1],
-                # The 95 % interval over the episodes of the last evaluation.
-                "last_low": normalized_score(env_id, last["return_low"]),
-                "last_high": normalized_score(env_id, last["return_high"]),
-                "last_loss": last["loss"],
-                "last_saturated": last["saturated_fraction"],
-            }
-        )
-    save_json(folder / "results.json", {"runs": run_rows, "attention": attention_rows})
-    print_table(
-        run_rows,
-        {
-            "run": "",
-            "K": "d",
-            "seed": "d",
-            "best_score": ".1f",
-            "last_score": ".1f",
-            "last_low": ".1f",
-            "last_high": ".1f",
-            "last_loss": ".4f",
-            "last_saturated": ".0%",
-        },
-    )
-    print(f"{folder}: results.json, {', '.join(figures)}; or: tensorboard --logdir runs")
+    folder.mkdir(parents=True, exist_ok=True)
+    log = read_logs(folders)
+    last_step = log.step.max()
+    save_figure(plot_learning_curves(log), folder / "learning_curves.png", last_step)
+    if analysis.attention_windows > 0:
+        tables = []
+        for run in tqdm(folders, desc="attention", unit="run"):
+            tables.append(measure_attention(run, analysis, args))
+        attention = pd.concat(tables).merge(log[["run", "label"]].drop_duplicates())
+        attention.to_csv(folder / "attention.csv", index=False)
+        save_figure(plot_attention_heads(attention, log), folder / "attention_heads.png", last_step)
+        if attention.epoch.nunique() > 1:
+            save_figure(
+                plot_attention_gaps(attention, log), folder / "attention_gaps.png", last_step
+            )
+        table = attention.pivot_table("distance", ["label", "epoch"], "block", sort=False)
+        print(f"attention distance in tokens\n{table.round(2).to_string(na_rep='-')}\n")
+
+    columns = ["score", "return", "loss", "saturated_fraction"]
+    means = log[log.epoch > 0].groupby(["label", "epoch"], sort=False)[columns].mean()
+    runs = means.groupby("label", sort=False)
+    table = runs.last().assign(best_score=runs.score.max())
+    print(table.round(3).to_string(na_rep="-"))
+    print(f"{folder}: tables and figures; or: tensorboard --logdir runs")

@@ -483,10 +483,8 @@ def read_d4rl(path):
         # An episode ends where the policy failed, or where the time was up.
         is_last = file["terminals"][()].astype(bool) | file["timeouts"][()].astype(bool)
         ends = np.flatnonzero(is_last) + 1
-        observations = np.split(file["observations"][()], ends)
-        actions = np.split(file["actions"][()], ends)
-        rewards = np.split(file["rewards"][()], ends)
-    return [Episode(observations[i], actions[i], rewards[i]) for i in range(len(ends))]
+        columns = [np.split(file[name][()], ends)[:-1] for name in Episode._fields]
+    return [Episode(*column) for column in zip(*columns)]
 
 
 def read_minari(dataset, env_id):
@@ -951,7 +949,8 @@ def explain(what):
     try:
         yield
     except Exception as error:
-        sys.exit(f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:300]}).")
+        words = " ".join(str(error).split())[:300].rstrip(".")
+        sys.exit(f"{what} ({type(error).__name__}: {words}).")
 
 
 def complete_arguments(args, subject):

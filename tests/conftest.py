@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,14 @@ def make_model(module, backbone, seed=0, state_dim=11, act_dim=3, max_timestep=1
 def pytest_configure(config):
     # The paper's -v4; the scripts ignore this warning, too.
     config.addinivalue_line("filterwarnings", "ignore:.*is out of date.*")
+
+
+@pytest.fixture(autouse=True)
+def interrupt_handler():
+    """Scripts say how to go on after Ctrl-C; pytest is to have its own way afterwards."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.fixture

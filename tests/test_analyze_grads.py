@@ -1,53 +1,64 @@
-"""`analyze_grads.py` against plain loops of single-window backward passes, toys with known answers, and whole runs."""
+"""`analyze_grads.py` against plain loops of backward passes, toys with known answers; its figures against its tables."""
 
-import json
+import shutil
 import subprocess
 import sys
+import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
+import seaborn as sns
 import torch
 from conftest import ROOT, TINY, assert_one_sentence, load_data, make_model, sample_args
 
 import analyze_grads as ag
 
 SCRIPT = "analyze_grads.py"
-SIZE = [*TINY, "--context-length", "5", "--norm-windows", "5", "--confusion-windows", "4"]
+GPT2 = ag.Backbone([ag.BlockConfig(32, 2, 64, "gelu_new", dropout=0.2)] * 2, "layernorm", {})
+IMAGE_BLOCK = ag.BlockConfig(16, 2, 32, "quick_gelu", "rmsnorm", dropout=0.2)
+IMAGE_GPT = ag.Backbone([IMAGE_BLOCK] * 3, "rmsnorm", {})
 
 
-def model_and_windows(backbone="gpt2", count=6, context_length=4):
+# --------------------------------------------------------------------------------------------------
+# Gradients and parameter sets
+# --------------------------------------------------------------------------------------------------
+def model_and_windows(backbone=GPT2, count=6, context_length=4):
     data = load_data(ag, sample_args(ag))
-    model = make_model(ag, ag.load_backbone(sample_args(ag, backbone=backbone, dropout=0.2)))
-    dropout = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
-    assert max(dropout) > 0  # so that a gradient with dropout would be another one
     starts = torch.randint(len(data.states), (count,))
     starts[0] = data.episode_ends[0] - 2  # a window that is padded
-    return model, data.windows(starts, context_length)
+    return make_model(ag, backbone), data.windows(starts, context_length)
 
 
 def plain_gradients(model, windows):
-    """One backward pass per window: a list of {name: gradient}."""
+    """One backward pass per window: a list of {name: gradient}, in float64."""
     gradients = []
     for i in range(len(windows.valid)):
         model.zero_grad()
         ag.training_loss(model, ag.Windows(*(x[i : i + 1] for x in windows)))[0].backward()
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        gradients.append({name: p.grad.double() for name, p in model.named_parameters()})
+    model.zero_grad()
     return gradients
 
 
-@pytest.mark.parametrize("backbone", ["gpt2", "igpt", "random"])
+def blocks_as_vectors(gradients):
+    names = [name for name in gradients[0] if name.startswith("transformer.h.")]
+    return torch.stack([torch.cat([g[name].flatten() for name in names]) for g in gradients])
+
+
+@pytest.mark.parametrize("backbone", [GPT2, IMAGE_GPT])
 def test_norms_and_cosines_equal_a_plain_loop(backbone):
     model, windows = model_and_windows(backbone)
-    in_blocks, total, cosines = ag.gradient_statistics(model, windows, 5)
-    plain = plain_gradients(model, windows)
-    expected = [torch.cat([g.flatten() for g in p.values()]).norm() for p in plain]
-    np.testing.assert_allclose(total, expected, rtol=1e-4)
-    sets = [name for name in plain[0] if name.startswith("transformer.h.")]
-    flat = torch.stack([torch.cat([p[name].flatten() for name in sets]) for p in plain])
-    np.testing.assert_allclose(in_blocks, flat.norm(dim=1), rtol=1e-4)
-    flat = flat[:5].double()
-    expected = torch.nn.functional.cosine_similarity(flat[:, None], flat[None], dim=-1)
-    np.testing.assert_allclose(cosines, expected, atol=1e-4)
+    norms, norms_in_blocks, cosines = ag.gradient_statistics(model, windows)
+    gradients = plain_gradients(model, windows)
+    expected = [
+        torch.cat([g.flatten() for g in of_window.values()]).norm() for of_window in gradients
+    ]
+    np.testing.assert_allclose(norms, expected, rtol=1e-5)
+    vectors = blocks_as_vectors(gradients)
+    np.testing.assert_allclose(norms_in_blocks, vectors.norm(dim=1), rtol=1e-5)
+    expected = torch.nn.functional.cosine_similarity(vectors[:, None], vectors[None], dim=-1)
+    np.testing.assert_allclose(cosines, expected, atol=1e-5)
 
 
 class Toy(torch.nn.Module):
@@ -64,243 +75,351 @@ class Toy(torch.nn.Module):
         return self.transformer.h[0](states) * self.scale
 
 
-def test_opposite_targets_give_minus_one():
-    states, actions = torch.randn(1, 3, 4).expand(2, 3, 4), torch.randn(1, 3, 2)
-    targets = torch.cat([actions, -actions])
-    valid = torch.ones(2, 3).bool()
-    windows = ag.Windows(torch.zeros(2, 3, 1), states, targets, torch.zeros(2, 3).long(), valid)
-    _, total, cosines = ag.gradient_statistics(Toy(), windows, 2)
-    assert abs(cosines[0, 1] + 1) < 1e-5 and abs(cosines[0, 0] - 1) < 1e-5
+def test_opposite_targets_have_cosine_minus_one_and_a_reached_target_has_none():
+    states, actions = torch.randn(1, 3, 4).expand(3, 3, 4), torch.randn(1, 3, 2)
+    targets = torch.cat([actions, -actions, 0 * actions])  # the toy predicts 0
+    valid = torch.ones(3, 3).bool()
+    windows = ag.Windows(torch.zeros(3, 3, 1), states, targets, torch.zeros(3, 3).long(), valid)
+    norms, norms_in_blocks, cosines = ag.gradient_statistics(Toy(), windows)
+    np.testing.assert_allclose(cosines, [[1, -1, 0], [-1, 1, 0], [0, 0, 0]], atol=1e-6)
     # The gradient of the mean of (W s - a)^2 over 3 steps and 2 dimensions, at W = 0.
-    expected = 2 * (actions[0].T @ states[0]) / 6
-    assert abs(total[0] - expected.norm()) < 1e-5
+    expected = (2 * (actions[0].T @ states[0]) / 6).norm()
+    np.testing.assert_allclose(norms, [expected, expected, 0], rtol=1e-6)
+    np.testing.assert_allclose(norms_in_blocks, norms)
 
 
-@pytest.mark.parametrize("threshold", [0.25, 3.0, 1e6, 0])
-def test_clipped_norms_are_those_of_the_blocks_after_clipping_everything(threshold):
-    """Against clip_grad_norm_ over all parameters: where much of the gradient is outside the blocks, little is left."""
-    for scale, outside in ((0.1, 0.1), (5.0, 0.1), (5.0, 20.0)):
-        model = Toy()
-        for p, size in ((model.transformer.h[0].weight, scale), (model.scale, outside)):
-            p.grad = torch.randn_like(p)
-            p.grad *= size / p.grad.norm()
-        total = np.hypot(scale, outside)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), threshold or float("inf"))
-        expected = model.transformer.h[0].weight.grad.norm().item()
-        assert (
-            abs(ag.clipped_norm(np.array(scale), np.array(total), threshold) / expected - 1) < 1e-4
-        )
-
-
-@pytest.mark.parametrize("threshold", [0.25, 0])
-def test_the_batch_gradient_is_that_of_one_clipped_training_step(threshold):
-    model, windows = model_and_windows()
-    norms = ag.batch_gradient_norms(model, windows, threshold)
+@pytest.mark.parametrize("threshold", [0.25, float("inf")])
+def test_a_set_has_the_norm_of_one_clipped_training_step(threshold):
+    model, windows = model_and_windows(IMAGE_GPT)
+    sets = ag.parameter_sets(model, model, windows, threshold)
     model.zero_grad()
     predicted = model(*windows[:4])
-    valid = windows[4]
-    ((predicted - windows[2])[valid] ** 2).mean().backward()  # all steps of all windows count alike
-    if threshold:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), threshold)
+    valid = windows.valid
+    ((predicted - windows.actions)[valid] ** 2).mean().backward()  # all steps count alike
+    torch.nn.utils.clip_grad_norm_(model.parameters(), threshold)
     expected = {name: p.grad.norm().item() for name, p in model.transformer.h.named_parameters()}
-    assert norms.keys() == expected.keys()
-    np.testing.assert_allclose(list(norms.values()), list(expected.values()), rtol=1e-3)
+    assert list(sets.block.astype(str) + "." + sets["set"]) == list(expected)
+    np.testing.assert_allclose(sets["norm"], list(expected.values()), rtol=1e-5)
+    np.testing.assert_allclose(sets.share, sets["norm"] / sum(expected.values()), rtol=1e-5)
 
 
 def test_parameter_changes():
-    before, after = make_model(ag, "gpt2"), make_model(ag, "gpt2")
-    changes, whole = ag.parameter_changes(before, after)
-    for change in (whole, *changes.values()):
-        assert change["distance"] == change["relative_distance"] == 0
-        assert abs(change["cosine"] - 1) < 1e-12
-    weight = before.transformer.h[2].mlp.c_fc.weight.data
-    perturbation = torch.randn(128, 512)
-    after.transformer.h[2].mlp.c_fc.weight.data += perturbation
-    changes, whole = ag.parameter_changes(before, after)
-    moved = changes.pop("2.mlp.c_fc.weight")
-    assert all(change["distance"] == 0 for change in changes.values()) and len(changes) == 47
-    length = sum(p.norm() ** 2 for p in before.transformer.h.parameters()) ** 0.5
-    assert abs(whole["distance"] - moved["distance"]) < 1e-6
-    assert abs(whole["relative_distance"] - moved["distance"] / length) < 1e-4
-    assert abs(moved["distance"] - perturbation.norm()) < 1e-3
-    assert abs(moved["relative_distance"] - perturbation.norm() / weight.norm()) < 1e-4
-    pair = (weight.flatten(), (weight + perturbation).flatten())
-    assert abs(moved["cosine"] - torch.nn.functional.cosine_similarity(*pair, dim=0)) < 1e-5
+    before, windows = model_and_windows()
+    after = make_model(ag, GPT2)
+    weight = before.transformer.h[1].mlp.c_fc.weight.data
+    perturbation = torch.randn(32, 64)
+    after.transformer.h[1].mlp.c_fc.weight.data += perturbation
+    after.transformer.h[0].ln_1.bias.data += 1  # which was zero
+    sets = ag.parameter_sets(after, before, windows, 0.25).set_index(["block", "set"])
+    moved = sets.loc[1, "mlp.c_fc.weight"]
+    assert abs(moved.distance - perturbation.norm()) < 1e-4
+    assert abs(moved.relative_distance - perturbation.norm() / weight.norm()) < 1e-4
+    cosine = torch.nn.functional.cosine_similarity
+    expected = cosine(weight.flatten(), (weight + perturbation).flatten(), dim=0)
+    assert abs(moved.cosine - expected) < 1e-5
     # Where there was no direction there is no cosine.
-    change = ag.vector_change(torch.zeros(3), torch.ones(3))
-    assert np.isnan(change["cosine"]) and np.isnan(change["relative_distance"])
-    assert abs(change["distance"] - 3**0.5) < 1e-6
+    bias = sets.loc[0, "ln_1.bias"]
+    assert (
+        abs(bias.distance - 32**0.5) < 1e-6
+        and np.isnan([bias.cosine, bias.relative_distance]).all()
+    )
+    rest = sets.drop([(1, "mlp.c_fc.weight"), (0, "ln_1.bias")])
+    assert len(rest) == 22 and (rest.distance == 0).all()
+    np.testing.assert_allclose(rest.cosine.dropna(), 1, atol=1e-12)
 
 
 MEASURE = """
 import resource, torch
 import analyze_grads as ag
-torch.manual_seed(0)
-blocks = [ag.BlockConfig(384, 8, 1536, "gelu_new")] * 6
+blocks = [ag.BlockConfig(256, 4, 1024, "gelu_new")] * 6
 model = ag.DecisionTransformer(blocks, "layernorm", 11, 3, 1000).eval()
-timesteps, valid = torch.arange(2).expand(30, 2), torch.ones(30, 2).bool()
-states, actions = torch.randn(30, 2, 11), torch.rand(30, 2, 3)
-windows = ag.Windows(torch.randn(30, 2, 1), states, actions, timesteps, valid)
+timesteps, valid = torch.arange(2).expand(20, 2), torch.ones(20, 2).bool()
+states, actions = torch.randn(20, 2, 11), torch.rand(20, 2, 3)
+windows = ag.Windows(torch.randn(20, 2, 1), states, actions, timesteps, valid)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-ag.gradient_statistics(model, windows, 30)
-all_gradients = 30 * 4 * sum(p.numel() for p in model.transformer.h.parameters()) / 1024
+ag.gradient_statistics(model, windows)
+all_gradients = 20 * 4 * sum(p.numel() for p in model.transformer.h.parameters()) / 1024
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / all_gradients)
 """
 
 
 def test_memory_is_that_of_a_block_not_of_all():
-    """Peak memory in a process of its own, as a share of 30 gradients of six blocks: one block is a sixth."""
-    result = subprocess.run(
-        [sys.executable, "-c", MEASURE], cwd=ROOT, capture_output=True, text=True
-    )
+    """Peak memory in a process of its own, as a share of the gradients of six blocks: one block is a sixth."""
+    command = [sys.executable, "-c", MEASURE]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     share = float(result.stdout)
     print(f"peak memory {share:.2f} of all gradients")
     assert share < 0.5
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Whole runs
-# ---------------------------------------------------------------------------------------------------------------
-def test_train_and_analyse(run_script, tmp_path):
-    run = [*SIZE, "--backbones", "igpt", "--max-grad-norms", "0.25", "0", "--run-name", "a"]
-    result = run_script(SCRIPT, *run)
+# --------------------------------------------------------------------------------------------------
+# Runs side by side: three seeds, and one of another architecture, K and clipping
+# --------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study") / "runs"
+    size = {"num_epochs": 1, "steps_per_epoch": 4, "batch_size": 4, "num_eval_episodes": 3}
+    size |= {"compile": False, "context_length": 5}
+    for seed in (1, 2, 3):
+        args = sample_args(ag, backbone="random", seed=seed, **size)
+        ag.train(args, folder / f"seed{seed}" / "random", GPT2)
+    size["context_length"] = 3
+    args = sample_args(ag, backbone="igpt", seed=1, max_grad_norm=float("inf"), **size)
+    ag.train(args, folder / "igpt", IMAGE_GPT)
+    return [*sorted(folder.glob("seed*/random")), folder / "igpt"]
+
+
+@pytest.fixture(scope="module")
+def tables(runs):
+    """What the script would keep of these runs at epoch 1, and their log."""
+    log = ag.read_logs(runs)
+    analysis = ag.Analysis(norm_windows=12, confusion_windows=5)
+    args = sample_args(ag, seed=7)
+    results = []
+    for run, label in zip(runs, log.label.unique()):
+        of_run = ag.analyze(run, 1, analysis, args)
+        results.append([table.assign(run=str(run), label=label) for table in of_run])
+    return [pd.concat(parts, ignore_index=True) for parts in zip(*results)], log
+
+
+def test_clipped_norms_are_those_of_the_blocks_after_clipping_everything(runs, tables):
+    """A run's K, the seed of the analysis, and clip_grad_norm_ on the gradient of each window."""
+    (windows, pairs, _), log = tables
+    for run, label in zip(runs, log.label.unique()):
+        model, args = ag.load_model(run / "epoch_1.pt", "cpu")
+        data = load_data(ag, args)
+        starts = np.random.default_rng(7).integers(len(data.states), size=12)
+        plain = plain_gradients(model, data.windows(torch.as_tensor(starts), args.context_length))
+        expected = []
+        for gradient in plain:
+            for name, p in model.named_parameters():
+                p.grad = gradient[name].float()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            gradients = [p.grad for p in model.transformer.h.parameters()]
+            expected.append(torch.nn.utils.get_total_norm(gradients))
+        of_run = windows[windows.label == label]
+        np.testing.assert_allclose(of_run.clipped_norm, expected, rtol=1e-4)
+        vectors = torch.nn.functional.normalize(blocks_as_vectors(plain)[:5])
+        of_run = pairs[pairs.label == label]
+        assert len(of_run) == 10 and (of_run.window < of_run.other_window).all()
+        for pair in of_run.itertuples():
+            assert abs(vectors[pair.window] @ vectors[pair.other_window] - pair.cosine) < 1e-5
+
+
+def test_a_window_without_gradient(runs, tmp_path):
+    """All actions saturated: norms and cosines are 0, and nothing warns."""
+    shutil.copytree(runs[0], tmp_path / "saturated")
+    checkpoint = torch.load(tmp_path / "saturated" / "epoch_1.pt")
+    checkpoint["model"]["embed_action.weight"] *= 1e6
+    torch.save(checkpoint, tmp_path / "saturated" / "epoch_1.pt")
+    analysis = ag.Analysis(norm_windows=3, confusion_windows=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        windows, pairs, _ = ag.analyze(tmp_path / "saturated", 1, analysis, sample_args(ag))
+        assert (windows["norm"] == 0).all() and (windows.clipped_norm == 0).all()
+        assert (pairs.cosine == 0).all()
+
+
+def labels_of(axes):
+    """{position: label} of the ticks on the vertical axis."""
+    axes.figure.draw_without_rendering()
+    names = [text.get_text() for text in axes.get_yticklabels()]
+    return {round(position): name for position, name in zip(axes.get_yticks(), names)}
+
+
+def colors_of(labels):
+    return dict(zip(labels, sns.color_palette("colorblind")))
+
+
+def test_boxes_and_bars_of_windows(tables):
+    """Four labels, four boxes: quartiles of the numbers themselves, whiskers of 1.5 interquartile ranges."""
+    (windows, pairs, _), log = tables
+    labels = list(log.label.unique())
+    figure = ag.plot_windows(windows, pairs, ag.describe(log))
+    label_at = labels_of(figure.axes[0])  # the others share this axis
+    assert list(label_at.values()) == labels
+    for axes in figure.axes[1:]:
+        assert axes.get_shared_y_axes().joined(axes, figure.axes[0])
+    drawn = ((windows, "norm"), (windows, "clipped_norm"), (pairs, "cosine"))
+    for axes, (table, column) in zip(figure.axes, drawn):
+        found = []
+        for container in axes.containers:
+            for i, (box, median) in enumerate(zip(container.boxes, container.medians)):
+                label = label_at[round(np.mean(median.get_ydata()))]
+                found.append(label)
+                values = table[table.label == label][column]
+                low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
+                np.testing.assert_allclose(median.get_xdata(), middle)
+                ends = box.get_path().vertices[:, 0]
+                np.testing.assert_allclose([ends.min(), ends.max()], [low, high])
+                reach = 1.5 * (high - low)
+                within = values[(values >= low - reach) & (values <= high + reach)]
+                whiskers = [w.get_xdata()[1] for w in container.whiskers[2 * i : 2 * i + 2]]
+                np.testing.assert_allclose(whiskers, [within.min(), within.max()])
+                np.testing.assert_allclose(box.get_facecolor()[:3], colors_of(labels)[label])
+        assert found == labels
+    bars = {}
+    for bar in figure.axes[3].patches:
+        bars[label_at[round(bar.get_y() + bar.get_height() / 2)]] = bar
+    assert list(bars) == labels
+    for label, bar in bars.items():
+        assert bar.get_width() == pairs[pairs.label == label].cosine.min()
+        np.testing.assert_allclose(bar.get_facecolor()[:3], colors_of(labels)[label])
+    thresholds = [line for line in figure.axes[1].lines if line.get_linestyle() == "--"]
+    assert [line.get_xdata()[0] for line in thresholds] == [0.25]  # none for the run without
+    assert "12 single windows" in figure.get_suptitle() and "seed 1, 2, 3" in figure.get_suptitle()
+
+
+def test_shares_are_stacked_by_kind(tables):
+    (_, _, sets), log = tables
+    axes = ag.plot_shares(sets, "title").axes[0]
+    kinds = [text.get_text() for text in axes.get_legend().get_texts()]
+    labels = labels_of(axes)
+    assert list(labels.values()) == list(log.label.unique())
+    assert kinds == ["0.ln_1.weight", "0.ln_1.bias", "other LayerNorms", "attention", "mlp"]
+    for position, label in labels.items():
+        of_run = sets[sets.label == label]
+        shares = of_run.set_index(of_run.block.astype(str) + "." + of_run["set"]).share
+        expected = [shares.get("0.ln_1.weight"), shares.get("0.ln_1.bias", 0)]
+        layer_norms = shares[shares.index.str.contains("ln_")].sum()
+        expected.append(layer_norms - sum(expected))
+        expected.append(shares[shares.index.str.contains("attn")].sum())
+        expected.append(shares[shares.index.str.contains("mlp")].sum())
+        bars = [container[position] for container in axes.containers]
+        assert all(round(bar.get_y() + bar.get_height() / 2) == position for bar in bars)
+        np.testing.assert_allclose([bar.get_width() for bar in bars], expected, atol=1e-12)
+        np.testing.assert_allclose(bars[-1].get_x() + bars[-1].get_width(), 1)  # end to end
+
+
+def test_heat_maps_have_each_cell_at_its_labels(tables):
+    """In the order of the network, and with ImageGPT's ten sets and three blocks beside GPT-2's twelve and two."""
+    (_, _, sets), log = tables
+    columns = {"distance": "l2", "relative_distance": "relative", "cosine": "cos"}
+    figure = ag.plot_sets(sets, columns, "title")
+    panels = [axes for axes in figure.axes if axes.get_title()]
+    assert [axes.get_title() for axes in panels] == [*log.label.unique()] * 3
+    limits = []
+    for i, axes in enumerate(panels):
+        of_run = sets[sets.label == axes.get_title()].set_index(["set", "block"])
+        rows = [text.get_text() for text in axes.get_yticklabels()]
+        blocks = [int(text.get_text()) for text in axes.get_xticklabels()]
+        assert blocks == ([0, 1, 2] if "igpt" in axes.get_title() else [0, 1])
+        assert rows == list(of_run.loc[(slice(None), 0), :].index.get_level_values("set"))
+        assert rows[0] == "ln_1.weight" and rows[-1] == "mlp.c_proj.bias"
+        mesh = axes.collections[0]
+        cells = np.ma.filled(mesh.get_array().reshape(len(rows), len(blocks)), np.nan)
+        for y, name in enumerate(rows):
+            for x, block in enumerate(blocks):
+                expected = of_run.loc[(name, block), list(columns)[i // 4]]
+                np.testing.assert_equal(cells[y, x], expected)
+        limits.append((mesh.norm.vmin, mesh.norm.vmax))
+    for row in (limits[:4], limits[4:8], limits[8:]):  # the same colors for all runs
+        assert len(set(row)) == 1
+    values = sets.distance[sets.distance > 0]
+    assert limits[0] == (values.min(), values.max())
+
+
+def test_nothing_has_moved_at_epoch_zero(runs):
+    """Distances of zero have no logarithm, but a figure."""
+    analysis = ag.Analysis(norm_windows=2, confusion_windows=2)
+    _, _, sets = ag.analyze(runs[0], 0, analysis, sample_args(ag))
+    assert (sets.distance == 0).all()
+    ag.plot_sets(sets.assign(label="a"), {"distance": "l2"}, "").draw_without_rendering()
+
+
+def test_clipping_draws_a_line_for_each_run(tables):
+    """Loss and norm as logged and without a band; the return with one, of its episodes."""
+    _, log = tables
+    labels = list(log.label.unique())
+    figure = ag.plot_clipping(log, "title")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == labels
+    for axes, column in zip(figure.axes, ("loss", "return", "grad_norm")):
+        lines = [line for line in axes.lines if len(line.get_xdata())]
+        assert len(lines) == 4
+        for label, line in zip(labels, lines):
+            expected = log[log.label == label].groupby("step")[column].mean().dropna()
+            np.testing.assert_array_equal(line.get_xdata(), expected.index)
+            np.testing.assert_allclose(line.get_ydata(), expected)
+            np.testing.assert_allclose(line.get_color(), colors_of(labels)[label])
+        bands = [path for band in axes.collections for path in band.get_paths()]
+        assert len(bands) == (4 if column == "return" else 0)
+
+
+# --------------------------------------------------------------------------------------------------
+# The script
+# --------------------------------------------------------------------------------------------------
+FIGURES = (
+    "gradient_windows",
+    "gradient_shares",
+    "gradient_per_set",
+    "parameter_change",
+    "clipping",
+)
+SIZE = [*TINY, "--context-length", "3", "--norm-windows", "4", "--confusion-windows", "3"]
+
+
+def test_backbones_of_the_same_name_then_one_of_their_runs(run_script, tmp_path, monkeypatch):
+    """a/checkpoint and b/checkpoint are trained and told apart; one run is looked at once more."""
+    import transformers
+
+    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=8, n_positions=16)
+    for name in ("a/checkpoint", "b/checkpoint"):
+        transformers.GPT2Model(config).save_pretrained(tmp_path / name)
+    result = run_script(
+        SCRIPT, *SIZE, "--backbones", "a/checkpoint", "b/checkpoint", "--run-name", "s"
+    )
     assert result.status == 0, result.err
-    folder = tmp_path / "runs" / "a"
-    results = json.loads((folder / "results.json").read_text())
-    trained = [("igpt", 0.25), ("igpt", 0)]
-    of_runs = [(r["args"]["backbone"], r["args"]["max_grad_norm"]) for r in results]
-    assert of_runs == trained
-    for r in results:
-        clip = r["args"]["max_grad_norm"]
-        assert (
-            len(r["norm_before"]) == 5
-            and len(r["cosines"]) == 6
-            and r["confusion"] == min(r["cosines"])
-        )
-        clipped = np.mean(np.array(r["norm_before"]) > clip) if clip else 0
-        assert max(r["norm_after"]) <= (clip or np.inf) * 1.0001 and np.all(
-            np.array(r["norm_after"]) < r["norm_before"]
-        )
-        assert r["clipped_windows"] == clipped and r["median_norm"] == np.median(r["norm_before"])
-        assert abs(r["mean_cosine"] - np.mean(r["cosines"])) < 1e-9
-        assert abs(sum(values["share"] for values in r["sets"].values()) - 1) < 1e-6
-        assert r["distance"] > 0 and 0 < r["cosine"] < 1
-        assert (
-            abs(
-                sum(values["distance"] ** 2 for values in r["sets"].values()) ** 0.5 - r["distance"]
-            )
-            < 1e-6
-        )
-    names = ("gradient_windows", "gradient_shares", "gradient_per_set", "clipping")
-    for name in (*names, "parameter_change"):
+    folder = tmp_path / "runs" / "s"
+    windows, pairs, sets = (
+        pd.read_csv(folder / f"{name}.csv") for name in ("windows", "pairs", "sets")
+    )
+    assert len(windows) == 2 * 4 and len(pairs) == 2 * 3 and len(sets) == 2 * 24
+    for table in (windows, pairs, sets):
+        assert list(table.run.unique()) == ["s/a_checkpoint", "s/b_checkpoint"]
+        assert list(table.label.unique()) == ["a/checkpoint, epoch 1", "b/checkpoint, epoch 1"]
+        assert (table.epoch == 1).all()
+    for name in FIGURES:
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert "confusion" in result.out
-
-    # The study goes on, and other windows are measured.
-    result = run_script(SCRIPT, *run, "--num-epochs", "2", "--norm-windows", "4")
-    assert result.status == 0, result.err
-    longer = json.loads((folder / "results.json").read_text())
-    assert [(r["args"]["backbone"], r["epoch"]) for r in longer] == [("igpt", 2), ("igpt", 2)]
-    assert all(len(r["norm_before"]) == 4 for r in longer)
-    for threshold in ("0", "0.25"):
-        assert len(ag.read_run(folder / f"igpt_clip_{threshold}").records) == 3
-
-
-def test_shares_are_stacked_by_kind_and_confusion_is_drawn_as_bars():
-    """The figures hold the numbers: a bar of five parts that sum to 1, and the lowest cosine."""
-    sets = {
-        "0.ln_1.weight": 0.4,
-        "0.ln_1.bias": 0.1,
-        "1.ln_2.weight": 0.2,
-        "0.attn.c_attn.weight": 0.05,
-        "1.mlp.c_fc.bias": 0.25,
-    }
-    result = {
-        "run": "a, epoch 1",
-        "args": {
-            "env": "Hopper-v4",
-            "backbone": "gpt2",
-            "context_length": 20,
-            "seed": 1,
-            "max_grad_norm": 0.25,
-            "sample": True,
-        },
-        "sets": {name: {"share": share} for name, share in sets.items()},
-        "norm_before": [1.0, 2.0],
-        "norm_after": [0.1, 0.2],
-        "cosines": [-0.4, 0.5],
-        "confusion": -0.4,
-    }
-    figure = ag.plot_shares([result])
-    widths = [patch.get_width() for patch in figure.axes[0].patches]
-    np.testing.assert_allclose(widths, [0.4, 0.1, 0.2, 0.05, 0.25])
-    bars = ag.plot_windows([result]).axes[3].patches
-    assert [bar.get_height() for bar in bars] == [-0.4]
-
-
-def test_analyse_earlier_runs(run_script, tmp_path):
-    """Checkpoints of the other scripts, a mixed model among them."""
-    size = [*TINY, "--num-epochs", "1"]
-    assert (
-        run_script("dt_pretrained.py", *size, "--backbone", "gpt2", "--run-name", "b").status == 0
+    median = windows[windows.run == "s/b_checkpoint"]["norm"].median()
+    line = next(
+        line for line in result.out.splitlines() if line.startswith("b/checkpoint, epoch 1")
     )
-    mixed = ["--replace-blocks", "1", "--attention-windows", "4", "--run-name", "c"]
-    assert run_script("dt_no_context.py", *size, *mixed).status == 0
-    runs = ["--runs", "runs/b", "runs/c/block_1", "--epochs", "0", "1", "--run-name", "a"]
-    result = run_script(SCRIPT, *SIZE, *runs)
+    assert f" {median:.4f}".rstrip("0") in line
+
+    trained = folder / "b_checkpoint"
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)  # takes seconds
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_figure", lambda *_: None)
+    result = run_script(SCRIPT, *SIZE, "--runs", trained, "--epochs", "0", "1", "--run-name", "t")
     assert result.status == 0, result.err
-    results = json.loads((tmp_path / "runs" / "a" / "results.json").read_text())
-    expected = [
-        ("b, epoch 0", 20),
-        ("b, epoch 1", 20),
-        ("block_1, epoch 0", 1),
-        ("block_1, epoch 1", 1),
-    ]
-    assert [(r["run"], r["args"]["context_length"]) for r in results] == expected
-    assert (
-        results[0]["distance"] == 0
-        and abs(results[0]["cosine"] - 1) < 1e-9
-        and results[1]["distance"] > 0
+    again = pd.read_csv(tmp_path / "runs" / "t" / "windows.csv")
+    assert list(again.label) == ["b/checkpoint, epoch 0"] * 4 + ["b/checkpoint, epoch 1"] * 4
+    pd.testing.assert_frame_equal(
+        again[4:].reset_index(drop=True), windows[4:].reset_index(drop=True)
     )
+
+
+def test_other_processes_of_torchrun_leave_the_analysis_to_the_first(
+    run_script, runs, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("RANK", "1")
+    result = run_script(SCRIPT, *SIZE, "--runs", runs[0], "--run-name", "r")
+    assert result.status == 0 and not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
     "arguments,said",
     [
-        (["--backbones", str(ROOT)], [str(ROOT)]),
+        (["--backbone", "gpt2"], ["--backbones"]),
+        (["--backbones", "random", str(ROOT)], [str(ROOT)]),
         (["--runs", "nowhere"], ["nowhere"]),
-        (["--confusion-windows", "1"], ["--confusion-windows"]),
-        (["--confusion-windows", "9"], ["--norm-windows"]),
-        (["--epochs", "7"], ["--epochs 7"]),
-        (["--backbones"], ["--backbones"]),
-        (["--max-grad-norms"], ["--max-grad-norms"]),
-        (["--max-grad-norms", "0.25", "-1"], ["--max-grad-norms"]),
+        (["--epochs", "1", "7"], ["--epochs 7", "--num-epochs"]),
         (["--env", "Hoper-v4"], ["Hoper-v4"]),
     ],
 )
-def test_bad_input_ends_with_one_sentence(arguments, said, run_script):
+def test_bad_input_ends_with_one_sentence(arguments, said, run_script, tmp_path):
     assert_one_sentence(run_script(SCRIPT, *SIZE, *arguments), *said)
+    assert not (tmp_path / "runs").exists()  # nothing was trained
 
 
-def test_bars_stand_at_their_parameter_sets():
-    """In the order of the network; a set that a model lacks leaves its place empty."""
-    results = []
-    for backbone in ("gpt2", "igpt"):
-        model = make_model(ag, backbone)
-        names = [name for name, _ in model.transformer.h.named_parameters()]
-        args = {"backbone": backbone, "max_grad_norm": 0.25, "seed": 1, "context_length": 20}
-        args |= {"env": "Hopper-v4", "sample": True}
-        # Each set has a value of its own, the same in both models.
-        sets = {name: {"norm": 1 + sum(map(ord, name)) / 1000} for name in names}
-        results.append({"run": backbone, "args": args, "sets": sets})
-    every_name = list(results[0]["sets"])  # GPT-2 has them all
-    (axes,) = ag.plot_sets(results, {"norm": "norm"}, "test").axes
-    assert [label.get_text() for label in axes.get_xticklabels()] == every_name
-    for result, bars in zip(results, axes.containers):
-        shown = {}
-        for bar in bars:
-            if np.isfinite(bar.get_height()):
-                tick = round(bar.get_x() + bar.get_width() / 2)
-                shown[every_name[tick]] = {"norm": bar.get_height()}
-        assert shown == result["sets"]
-    assert len(results[1]["sets"]) < len(every_name)
+def test_an_epoch_that_was_not_kept(run_script, runs):
+    assert_one_sentence(run_script(SCRIPT, *SIZE, "--runs", runs[0], "--epochs", "5"), "epoch_5.pt")

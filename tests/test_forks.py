@@ -1,41 +1,26 @@
 """Forks that a researcher makes on a Friday afternoon: each is a few changed lines of a copy.
 
-README.md shows the same lines. Each fork patches dt_pretrained.py, runs it for a few steps, and is
-seen to do what it is for.
+Each fork is trained for a few steps, and is seen to do what it is for. README.md shows some.
 """
 
-import json
-import os
-import shutil
-import subprocess
 import sys
+from types import ModuleType, SimpleNamespace
 
+import numpy as np
+import pandas as pd
 import pytest
-from conftest import ROOT, TINY
+import torch
+from conftest import ROOT, sample_args
 
-# Each is a list of (lines to replace, lines to put there); README.md has them as diffs.
+import dt_pretrained
+
+# Each is a list of (lines to replace, lines to put there).
 FORKS = {
     "another optimizer": [
         ("    optimizer = torch.optim.AdamW(\n", "    optimizer = torch.optim.SGD(\n"),
-        ("        eps=1e-6 if backbone.pretrained else 1e-8,  # [utils.py#L60]\n", ""),
-    ],
-    "a new metric": [
         (
-            'METRICS = ("loss", "saturated_fraction", "grad_norm", "clipped_fraction")',
-            'METRICS = ("loss", "saturated_fraction", "grad_norm", "clipped_fraction", "head_norm")',
-        ),
-        (
-            "            metrics[i] = torch.stack([loss.detach(), saturated_fraction, grad_norm, clipped])\n",
-            "            head_norm = model.embed_action.weight.detach().norm()\n"
-            "            metrics[i] = torch.stack(\n"
-            "                [loss.detach(), saturated_fraction, grad_norm, clipped, head_norm]\n"
-            "            )\n",
-        ),
-    ],
-    "another activation": [
-        (
-            '        block = replace(block, n_head=1, activation="relu")\n',
-            '        block = replace(block, n_head=1, activation="gelu")\n',
+            '        eps=1e-8 if args.backbone.startswith("random") else 1e-6,  # [utils.py#L60]\n',
+            "",
         ),
     ],
     "another loss": [
@@ -44,69 +29,147 @@ FORKS = {
             "    squared_error = (predicted - windows.actions).abs()\n",
         ),
     ],
+    "a new metric": [
+        (
+            'METRICS = ("loss", "saturated_fraction", "grad_norm", "clipped_fraction")  # of each training step\n',
+            'METRICS = ("loss", "saturated_fraction", "grad_norm", "clipped_fraction", "head_norm")\n',
+        ),
+        (
+            "            metrics.append(torch.stack([loss.detach(), saturated_fraction, grad_norm, clipped]))\n",
+            "            head_norm = model.embed_action.weight.detach().norm()\n"
+            "            values = [loss.detach(), saturated_fraction, grad_norm, clipped, head_norm]\n"
+            "            metrics.append(torch.stack(values))\n",
+        ),
+    ],
+    "another data format": [
+        ("    with h5py.File(path) as file:\n", "    with np.load(path) as file:\n"),
+        (
+            '        is_last = file["terminals"][()].astype(bool) | file["timeouts"][()].astype(bool)\n',
+            '        is_last = file["ends"]\n',
+        ),
+    ],
+    "another activation": [
+        (
+            '            block = replace(block, n_head=1, activation="relu")\n',
+            '            block = replace(block, n_head=1, activation="gelu")\n',
+        ),
+    ],
     "no warm-up": [
         (
-            "        optimizer, lambda steps_done: min((steps_done + 1) / max(1, args.warmup_steps), 1)\n",
-            "        optimizer, lambda steps_done: 1\n",
+            "            learning_rate = args.learning_rate * min((step + 1) / max(1, args.warmup_steps), 1)\n",
+            "            learning_rate = args.learning_rate\n",
         ),
     ],
     "three blocks": [
         (
-            "    num_blocks = 4 if args.sample else 12\n",
-            "    num_blocks = 3\n",
+            "        num_blocks = 4 if args.sample else 12\n",
+            "        num_blocks = 3\n",
         ),
     ],
 }
-RUN = [*TINY, "--backbone", "random", "--num-epochs", "1", "--run-name", "fork"]
+IN_README = ("another optimizer", "another loss", "a new metric", "another data format")
 
 
-def changed_lines(changes):
-    """How many lines of a diff begin with a plus, or with a minus if nothing takes their place."""
-    return sum(max(old.count("\n"), new.count("\n"), 1) for old, new in changes)
-
-
-def run(script, folder):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, str(script), *RUN],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    summary = json.loads((folder / "runs" / "fork" / "summary.json").read_text())
-    return summary, result.stderr
+def train(module, folder, **changes):
+    """Two steps and an evaluation; returns the log, its losses, and what latest.pt holds."""
+    args = sample_args(
+        module, backbone="random", num_epochs=1, steps_per_epoch=2, num_eval_episodes=1,
+        batch_size=4, context_length=5, **changes,
+    )  # fmt: skip
+    module.train(args, folder / "run", module.load_backbone(args))
+    log = pd.read_csv(folder / "run" / "log.csv")
+    latest = torch.load(folder / "run" / "latest.pt", weights_only=True)
+    return SimpleNamespace(log=log, losses=log.loss.dropna().tolist(), **latest)
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    return run(ROOT / "dt_pretrained.py", tmp_path_factory.mktemp("original"))[0]
+    return train(dt_pretrained, tmp_path_factory.mktemp("original"))
 
 
-@pytest.mark.parametrize("name", FORKS)
-def test_a_fork_is_at_most_five_lines_and_does_what_it_is_for(name, original, tmp_path):
+@pytest.fixture
+def fork(request, monkeypatch):
+    """The script with the changed lines, as a module."""
     text = (ROOT / "dt_pretrained.py").read_text()
-    for old, new in FORKS[name]:
+    for old, new in FORKS[request.param]:
         assert text.count(old) == 1, old
         text = text.replace(old, new)
-    assert changed_lines(FORKS[name]) <= 5
-    (tmp_path / "dt_fork.py").write_text(text)
-    (tmp_path / "tests").mkdir()
-    shutil.copytree(ROOT / "tests" / "assets", tmp_path / "tests" / "assets")
-    summary, err = run(tmp_path / "dt_fork.py", tmp_path)
-    before, after = original["epochs"][0], summary["epochs"][0]
-    if name == "a new metric":
-        assert summary["epochs"][1]["head_norm"] > 0 and "head_norm" in summary["history"][0]
-        assert "head_norm" in err  # in the progress bar
-    elif name in ("another activation", "three blocks"):
-        assert after["return_mean"] != before["return_mean"]  # another model from the start
-    else:
-        assert after["return_mean"] == before["return_mean"]  # the same model, trained otherwise
-        assert summary["epochs"][1]["return_mean"] != original["epochs"][1]["return_mean"]
+    module = ModuleType("fork")
+    module.__file__ = dt_pretrained.__file__
+    monkeypatch.setitem(sys.modules, "fork", module)
+    exec(compile(text, "fork.py", "exec"), module.__dict__)
+    return module
 
 
 @pytest.mark.parametrize("name", FORKS)
+def test_a_fork_is_at_most_five_lines(name):
+    """Of a diff those with a plus, or with a minus where nothing takes their place."""
+    lines = sum(max(old.count("\n"), new.count("\n")) for old, new in FORKS[name])
+    assert lines <= 5
+
+
+@pytest.mark.parametrize("fork", ["another optimizer"], indirect=True)
+def test_another_optimizer(fork, original, tmp_path):
+    run = train(fork, tmp_path)
+    assert "momentum" in run.optimizer["param_groups"][0]  # SGD's
+    assert run.losses[0] == original.losses[0] and run.losses[1] != original.losses[1]
+
+
+@pytest.mark.parametrize("fork", ["another loss"], indirect=True)
+def test_another_loss(fork, original, tmp_path):
+    """For one number between 0 and 1 the absolute value is more than the square."""
+    run = train(fork, tmp_path)
+    assert run.losses[0] > original.losses[0]
+    predicted, actions = torch.tensor([[[0.1]], [[0.9]]])
+    windows = dt_pretrained.Windows(None, None, actions[None], None, torch.ones(1, 1))
+    loss, _ = fork.training_loss(lambda *inputs: predicted[None], windows)
+    assert loss.item() == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize("fork", ["a new metric"], indirect=True)
+def test_a_new_metric(fork, original, tmp_path):
+    run = train(fork, tmp_path)
+    norm = run.model["embed_action.weight"].norm().item()
+    assert run.log.head_norm.dropna().iloc[-1] == pytest.approx(norm)
+    assert run.losses == original.losses
+
+
+@pytest.mark.parametrize("fork", ["another data format"], indirect=True)
+def test_another_data_format(fork, original, tmp_path):
+    """A .npz of the columns observations, actions, rewards and ends."""
+    args = sample_args(dt_pretrained)
+    episodes = dt_pretrained.load_episodes(args, dt_pretrained.make_env(args, 1))
+    columns = {}
+    for name in ("observations", "actions", "rewards"):
+        columns[name] = np.concatenate([getattr(episode, name) for episode in episodes])
+    ends = np.zeros(len(columns["rewards"]), bool)
+    ends[np.cumsum([len(episode.rewards) for episode in episodes]) - 1] = True
+    np.savez(tmp_path / "data.npz", ends=ends, **columns)
+    run = train(fork, tmp_path, dataset=str(tmp_path / "data.npz"))
+    assert run.losses == original.losses
+
+
+@pytest.mark.parametrize("fork", ["another activation"], indirect=True)
+def test_another_activation(fork, original, tmp_path):
+    run = train(fork, tmp_path)
+    assert {block["activation"] for block in run.architecture["blocks"]} == {"gelu"}
+    assert run.losses[0] != original.losses[0]
+
+
+@pytest.mark.parametrize("fork", ["no warm-up"], indirect=True)
+def test_no_warm_up(fork, original, tmp_path):
+    run = train(fork, tmp_path)
+    assert run.optimizer["param_groups"][0]["lr"] == 1e-4
+    assert run.losses[0] == original.losses[0] and run.losses[1] != original.losses[1]
+
+
+@pytest.mark.parametrize("fork", ["three blocks"], indirect=True)
+def test_three_blocks(fork, tmp_path):
+    weights = train(fork, tmp_path).model
+    assert {name.split(".")[2] for name in weights if ".h." in name} == {"0", "1", "2"}
+
+
+@pytest.mark.parametrize("name", IN_README)
 def test_the_readme_shows_the_same_lines(name):
     shown = (ROOT / "README.md").read_text().splitlines()
     for old, new in FORKS[name]:

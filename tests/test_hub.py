@@ -9,8 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -19,7 +17,8 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import torch
 import transformers
-from conftest import ASSETS, ROOT, assert_one_sentence, without_progress_bars
+from conftest import ASSETS, assert_one_sentence, without_progress_bars
+from launcher import TRAIN, Launcher
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SIZE = ["--num-epochs", "1", "--steps-per-epoch", "2", "--num-eval-episodes", "1"]
@@ -135,168 +134,124 @@ def repositories(tmp_path_factory):
     }
 
 
-@pytest.fixture
-def hub(repositories, tmp_path):
-    """A running hub, and `command` to run a script against it with empty caches."""
+@pytest.fixture(scope="module")
+def shared_hub(repositories, tmp_path_factory):
+    """A running hub, and scripts that know no other."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.address = f"http://127.0.0.1:{server.server_port}"
-    server.files = dict(repositories)
-    server.faults = {}
-    server.requests = []
     threading.Thread(target=server.serve_forever, daemon=True).start()
-
+    caches = tmp_path_factory.mktemp("caches")
     environment = {name: value for name, value in os.environ.items() if "HF_" not in name}
     environment |= {
         "HF_ENDPOINT": server.address,
-        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HOME": str(caches / "hf"),
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_ETAG_TIMEOUT": "2",
         "HF_HUB_DOWNLOAD_TIMEOUT": "2",
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        "MINARI_DATASETS_PATH": str(tmp_path / "minari"),
+        "MINARI_DATASETS_PATH": str(caches / "minari"),
         "no_proxy": "127.0.0.1",
     }
-
-    def command(script, *arguments):
-        result = subprocess.run(
-            [sys.executable, str(ROOT / script), *arguments],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        return SimpleNamespace(status=result.returncode, out=result.stdout, err=result.stderr)
-
-    yield SimpleNamespace(server=server, command=command, environment=environment, folder=tmp_path)
+    models = ("auto.modeling_auto", "gpt2.modeling_gpt2", "imagegpt.modeling_imagegpt")
+    modules = [f"transformers.models.{name}" for name in models]
+    launcher = Launcher(*modules, environment=environment)
+    yield SimpleNamespace(server=server, launcher=launcher, caches=caches)
+    launcher.close()
     server.shutdown()
     server.server_close()
 
 
+# The libraries try again after some seconds, several times.
+IMPATIENT = "import time; time.sleep = lambda seconds: None\n" + TRAIN
+
+
+@pytest.fixture
+def hub(shared_hub, repositories, tmp_path):
+    """The hub with all files and no faults, and `train` to start a script with empty caches."""
+    shutil.rmtree(shared_hub.caches)
+    shared_hub.caches.mkdir()
+    server = shared_hub.server
+    server.files = dict(repositories)
+    server.faults = {}
+    server.requests = []
+
+    def train(*arguments, program=IMPATIENT):
+        server.requests.clear()
+        return shared_hub.launcher.run(tmp_path, program, *arguments, *SIZE)
+
+    return SimpleNamespace(server=server, train=train, minari=shared_hub.caches / "minari")
+
+
+def fetched(server):
+    """The large files that were asked for, in order."""
+    return [path for path in server.requests if path.startswith("file-server")]
+
+
+def assert_last_line(result, *words):
+    """Ended with one sentence, after what the libraries said of their attempts to fetch a file."""
+    *others, sentence = without_progress_bars(result.err)
+    assert result.status == 1 and all(word in sentence for word in words), result.err
+    assert all("download" in line or "etries" in line for line in others), result.err
+
+
 def test_the_users_command_from_an_empty_cache(hub):
-    """`python dt_pretrained.py --backbone gpt2 --env Hopper-v4`, and again without asking for files."""
-    command = ("dt_pretrained.py", "--backbone", "gpt2", "--env", "Hopper-v4", *SIZE)
-    result = hub.command(*command)
+    """`python dt_pretrained.py --backbone gpt2 --env Hopper-v4`, and again without fetching."""
+    command = ["--backbone", "gpt2", "--env", "Hopper-v4"]
+    result = hub.train(*command, program="dt_pretrained.py")
     assert result.status == 0, result.err
-    assert "weights from openai-community/gpt2, 20,012 steps" in result.out
-    assert "normalized_score" in result.out
+    assert "epoch 1: return" in result.out and "learning_curve.png" in result.out
     assert "%|" in result.err  # the libraries' bars for what takes minutes at real size
-    order = [path for path in hub.server.requests if path.endswith((".safetensors", ".hdf5"))]
+    order = fetched(hub.server)
     assert "gpt2" in order[0] and "hdf5" in order[-1]  # a wrong name should not cost the data
-    hub.server.requests.clear()
-    assert hub.command(*command).status == 0
-    assert not any("file-server" in path for path in hub.server.requests)
+    assert hub.train(*command).status == 0
+    assert fetched(hub.server) == []
 
 
 def test_imagegpt_has_only_a_bin_file(hub):
-    result = hub.command("dt_pretrained.py", "--backbone", "igpt", "--env", "Walker2d-v4", *SIZE)
+    result = hub.train("--backbone", "igpt", "--env", "Walker2d-v4")
     assert result.status == 0, result.err
-    assert "weights from openai/imagegpt-small, 20,227 steps" in result.out
+    assert "pytorch_model.bin" in fetched(hub.server)[0]
+    assert not any("commits" in path for path in hub.server.requests)  # asks to convert it
 
 
 def test_a_wrong_name_is_said_before_the_data_are_fetched(hub):
-    result = hub.command("dt_pretrained.py", "--backbone", "openai-community/gpt3", *SIZE)
+    result = hub.train("--backbone", "openai-community/gpt3")
     assert_one_sentence(result, "openai-community/gpt3", "--sample")
     assert not any("hopper" in path for path in hub.server.requests)
 
 
-ATTEMPTS = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import dt_pretrained as dt
-
-def attempt(name):
-    args = dt.Args(backbone=name, dataset=name, device="cpu", target_return=1.0)
-    try:
-        if name.startswith("mujoco/"):
-            dt.load_episodes(args, dt.make_env(args, 1))
-        else:
-            dt.load_backbone(args)
-        print("ok", flush=True)
-    except SystemExit as end:
-        print("stopped with", end.code, flush=True)
-
-for name in sys.stdin:
-    print(f"\\n@ {name.strip()}", file=sys.stderr, flush=True)
-    attempt(name.strip())
-"""
+@pytest.mark.parametrize("model_type", ["llama", "bert"])
+def test_another_architecture_is_refused_before_its_weights_are_fetched(hub, model_type):
+    config = json.dumps({"model_type": model_type}).encode()
+    hub.server.files["a/model"] = {"config.json": config, "model.safetensors": b"14 GB"}
+    assert_one_sentence(hub.train("--backbone", "a/model"), f"is a {model_type}")
+    assert "api/resolve-cache/models/a/model" in " ".join(hub.server.requests)
+    assert not any("safetensors" in path for path in hub.server.requests)
 
 
-class Attempts:
-    """A process that loads what it is told to by name, as the scripts would, again and again."""
-
-    def __init__(self, environment, folder):
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", ATTEMPTS, str(ROOT)],
-            cwd=folder,
-            env=environment,
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-
-    def load(self, name):
-        self.process.stdin.write(name + "\n")
-        self.process.stdin.flush()
-        for line in self.process.stdout:
-            if line.startswith(("ok", "stopped with")):
-                return line.strip()
-        raise AssertionError(self.process.stderr.read())
-
-    def sentences(self):
-        """End it; returns what it has said at each attempt."""
-        _, err = self.process.communicate()
-        assert "Traceback" not in err, err
-        parts = [without_progress_bars(part) for part in err.split("\n@ ")[1:]]
-        return [part[-1] for part in parts]
+FAULTS = {
+    "openai-community/gpt2": {"config.json": "cut"},
+    "openai/imagegpt-small": {"pytorch_model.bin": "cut"},
+    "a/gpt2": {"model.safetensors": 401},
+}
 
 
-def folder_to_delete(sentence):
-    return sentence.partition("delete ")[2].partition(" and start")[0]
-
-
-def test_a_broken_download_is_said_and_the_next_run_can_work(hub):
-    """One sentence each; where it names a folder to delete, all is well without it."""
-    faults = {
-        "openai-community/gpt2": {"config.json": "cut"},
-        "openai/imagegpt-small": {"pytorch_model.bin": "cut"},
-        "a/gpt2": {"model.safetensors": 401},
-        "mujoco/hopper/medium-v0": {"hopper/medium-v0/data/main_data.hdf5": "cut"},
-    }
+@pytest.mark.parametrize("backbone", FAULTS)
+def test_a_broken_download_of_a_backbone_is_said_and_the_next_run_works(hub, backbone):
     hub.server.files["a/gpt2"] = hub.server.files["openai-community/gpt2"]
-    attempts = Attempts(hub.environment, hub.folder)
-    for name, fault in faults.items():
-        hub.server.faults = fault
-        assert attempts.load(name) == "stopped with 2", name
+    hub.server.faults = FAULTS[backbone]
+    assert_last_line(hub.train("--backbone", backbone), backbone)
     hub.server.faults = {}
-    again = [attempts.load(name) for name in faults]
-    sentences = attempts.sentences()
-    for sentence, name in zip(sentences, faults):
-        assert name in sentence
-    for sentence, outcome in zip(sentences[len(faults) :], again):
-        if outcome != "ok":
-            assert folder_to_delete(sentence).startswith(str(hub.folder)), sentence
-            shutil.rmtree(folder_to_delete(sentence))
-    attempts = Attempts(hub.environment, hub.folder)
-    assert [attempts.load(name) for name in faults] == ["ok"] * len(faults)
+    assert hub.train("--backbone", backbone).status == 0
 
 
-def test_damaged_files_in_the_caches_name_what_to_delete(hub):
-    hub.server.files["a/gpt2"] = hub.server.files["openai-community/gpt2"]
-    names = ["openai-community/gpt2", "a/gpt2", "mujoco/hopper/medium-v0"]
-    names += ["mujoco/walker2d/medium-v0"]
-    attempts = Attempts(hub.environment, hub.folder)
-    assert [attempts.load(name) for name in names[:3]] == ["ok"] * 3
-    damaged = {
-        "hf/hub/models--openai-community--gpt2": "snapshots/*/config.json",
-        "hf/hub/models--a--gpt2": "snapshots/*/model.safetensors",
-        "minari/mujoco/hopper/medium-v0": "data/main_data.hdf5",
-    }
-    for folder, pattern in damaged.items():
-        (path,) = (hub.folder / folder).glob(pattern)
-        path.resolve().write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    stalled = hub.folder / "minari/mujoco/walker2d/medium-v0"  # a download that left a folder only
-    stalled.mkdir(parents=True)
-    assert [attempts.load(name) for name in names] == ["stopped with 2"] * 4
-    folders = [folder_to_delete(sentence) for sentence in attempts.sentences()[3:]]
-    assert folders == [str(hub.folder / folder) for folder in damaged] + [str(stalled)]
+def test_a_broken_download_of_data_is_said_with_what_to_delete(hub):
+    """What Minari leaves behind, it takes for the data ever after."""
+    advice = f"delete its folder under {hub.minari}"
+    command = ["--backbone", "random-gpt2", "--sample", "--dataset", "mujoco/hopper/medium-v0"]
+    hub.server.faults = {"hopper/medium-v0/data/main_data.hdf5": "cut"}
+    assert_last_line(hub.train(*command), "mujoco/hopper/medium-v0", advice)
+    hub.server.faults = {}
+    assert_last_line(hub.train(*command), "mujoco/hopper/medium-v0", advice)
+    shutil.rmtree(hub.minari / "mujoco" / "hopper" / "medium-v0")
+    assert hub.train(*command).status == 0

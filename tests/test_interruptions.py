@@ -1,279 +1,265 @@
-"""Runs that are killed at any moment and resumed, damaged folders, and several processes."""
+"""Runs that are killed at any moment and go on, damaged folders, and several processes.
 
-import json
+As often as you like: python tests/test_interruptions.py FOLDER KILLS
+"""
+
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_one_sentence, finish, load_data, sample_args, start
+from conftest import assert_one_sentence, load_data, without_progress_bars
+from launcher import TRAIN, Launcher
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dt_pretrained as dt
 
-COMMAND = [
-    *TINY,
-    "--backbone",
-    "random",
-    "--num-epochs",
-    "3",
-    "--steps-per-epoch",
-    "40",
-    "--context-length",
-    "5",
-]
+COMMAND = ["--sample", "--backbone", "random", "--run-name", "whole", "--num-epochs", "2"]
+COMMAND += ["--steps-per-epoch", "10", "--context-length", "5", "--num-eval-episodes", "2"]
+COMMAND += ["--dropout", "0.2"]
 
-
-def same(run, reference):
-    """Whether everything that must not depend on what happened to a run is the same, bit for bit."""
-    names = sorted(path.name for path in reference.glob("*.pt"))
-    if names != sorted(path.name for path in run.glob("*.pt")):
-        return False
-    for name in names:
-        ours, theirs = (torch.load(folder / name, weights_only=True) for folder in (run, reference))
-        if not all(torch.equal(ours["model"][k], theirs["model"][k]) for k in theirs["model"]):
-            return False
-    for record in (*ours.get("records", ()), *theirs.get("records", ())):
-        del record["seconds"]
-    ours, theirs = dt.read_run(run), dt.read_run(reference)
-    for record in (*ours.records, *theirs.records):
-        del record["seconds"]
-    return json.dumps(ours[2:]) == json.dumps(theirs[2:])
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The folder of a run that nothing happened to."""
-    folder = tmp_path_factory.mktemp("whole")
-    assert finish(start(folder, *COMMAND, "--run-name", "whole"))[0] == 0
-    return folder / "runs" / "whole"
-
-
+# Before TRAIN: the process kills itself halfway through the n-th write of a file, or right before
+# the n-th write if that is a replacement.
 KILL_IN_SAVE = """
-import os, runpy, signal, sys
-saves_left, replace = int(sys.argv.pop(1)), os.replace
-def killing_replace(*paths):
-    global saves_left
-    saves_left -= 1
-    if saves_left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(*paths)
-os.replace = killing_replace
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
+import os, signal, sys
+from pathlib import Path
+import pandas, torch
+
+writes_left = int(sys.argv.pop(1))
+
+def killing(write):
+    def wrapper(content, path, **options):
+        global writes_left
+        writes_left -= 1
+        if writes_left == 0:
+            if write is not replace:
+                write(content, path, **options)
+                os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(content, path, **options)
+    return wrapper
+
+replace = Path.replace
+torch.save = killing(torch.save)
+pandas.DataFrame.to_csv = killing(pandas.DataFrame.to_csv)
+Path.replace = killing(replace)
 """
 
 
-def kill_and_go_on(folder, moments, script="dt_pretrained.py", command=COMMAND):
-    """SIGKILL a script in `folder` at the moments ("save", n-th) or ("time", seconds), then finish it.
+@pytest.fixture(scope="module")
+def launcher():
+    launcher = Launcher()
+    yield launcher
+    launcher.close()
 
-    Each time the same command goes on. Returns the number of kills.
+
+@pytest.fixture(scope="module")
+def whole(launcher, tmp_path_factory):
+    """The folder of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole")
+    result = launcher.run(folder, TRAIN, *COMMAND)
+    assert result.status == 0, result.err
+    return folder / "runs" / "whole"
+
+
+@pytest.fixture
+def run(whole, tmp_path):
+    """A copy of that folder; what is started in tmp_path goes on with it."""
+    return Path(shutil.copytree(whole, tmp_path / "runs" / "whole"))
+
+
+def assert_same(folder, reference):
+    """All that must not depend on what happened to a run is the same, bit for bit."""
+    assert (folder / "log.csv").read_bytes() == (reference / "log.csv").read_bytes()
+    names = sorted(path.name for path in reference.glob("*.pt"))
+    assert names == sorted(path.name for path in folder.glob("*.pt"))
+    for name in names:
+        ours = torch.load(folder / name, weights_only=True)
+        theirs = torch.load(reference / name, weights_only=True)
+        assert ours.keys() == theirs.keys() and ours["epoch"] == theirs["epoch"]
+        for part in ("model", "optimizer"):
+            torch.testing.assert_close(ours.get(part), theirs.get(part), rtol=0, atol=0)
+
+
+def scalars(folder):
+    """{tag: {step: value}} as TensorBoard shows them; no step is there twice."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    found = {}
+    for tag in events.Tags()["scalars"]:
+        found[tag] = {event.step: event.value for event in events.Scalars(tag)}
+        assert len(found[tag]) == len(events.Scalars(tag)), f"{tag} is doubled"
+    return found
+
+
+def assert_tensorboard_shows_the_log(folder):
+    log = pd.read_csv(folder / "log.csv")
+    columns = {f"train/{name}": name for name in dt.METRICS}
+    columns |= {f"eval/{name}": name for name in ("return", "length", "score")}
+    shown = scalars(folder)
+    assert shown.keys() == columns.keys()
+    for tag, column in columns.items():
+        expected = log.dropna(subset=column).groupby("step")[column].mean()
+        assert shown[tag] == pytest.approx(expected.to_dict(), rel=1e-6), tag
+
+
+def start_training(launcher, folder, command):
+    """Start the script and wait until it begins to train; returns the id of the process."""
+    before = len(list(folder.rglob("events*")))
+    process = launcher.start(folder, TRAIN, *command)
+    while len(list(folder.rglob("events*"))) == before:
+        time.sleep(0.005)
+    return process
+
+
+def kill_and_go_on(launcher, folder, moments, command):
+    """SIGKILL the script at moments ("write", n-th) or ("time", seconds), then let it finish.
+
+    Each time the same command goes on.
     """
-    run, kills, arguments = folder / "runs" / "whole", 0, [*command, "--run-name", "whole"]
     for kind, moment in moments:
-        if kind == "save":
-            program = ("-c", KILL_IN_SAVE)
-            process = start(folder, moment, ROOT / script, *arguments, program=program)
+        if kind == "write":
+            launcher.start(folder, KILL_IN_SAVE + TRAIN, moment, *command)
         else:
-            process = start(folder, *arguments, program=(script,))
-            events = len(list(run.rglob("events*")))
-            while len(list(run.rglob("events*"))) == events and process.poll() is None:
-                time.sleep(0.005)
+            process = start_training(launcher, folder, command)
             time.sleep(moment)
-            process.kill()
-        kills += process.wait(timeout=200) == -signal.SIGKILL
-        process.communicate()
-        for latest in run.rglob("latest.pt"):
+            os.kill(process, signal.SIGKILL)
+        result = launcher.wait()
+        if kind == "write":
+            assert result.status == -signal.SIGKILL, f"{kind} {moment}: {result.err}"
+        for latest in folder.rglob("latest.pt"):
             torch.load(latest, weights_only=True)  # whole, whenever it was
-    assert finish(start(folder, *arguments, program=(script,)))[0] == 0
-    return kills
+    assert launcher.run(folder, TRAIN, *command).status == 0
 
 
-def test_killed_again_and_again_even_while_saving(whole, tmp_path):
-    moments = [("save", 3), ("time", 0.3)]
-    assert kill_and_go_on(tmp_path, moments) >= 1
-    assert same(tmp_path / "runs" / "whole", whole)
+def test_killed_again_and_again_even_while_saving(launcher, whole, tmp_path):
+    """Within each file of an epoch: log.csv, epoch_N.pt, (best.pt,) latest.tmp; and before
+    latest.tmp replaces latest.pt."""
+    before_training = [("write", n) for n in (1, 2, 3, 4)]
+    while_training = [("write", 5), ("time", 0.05), ("write", 2), ("write", 3), ("write", 4)]
+    moments = [*before_training, *while_training, ("write", 5), ("write", 6)]
+    kill_and_go_on(launcher, tmp_path, moments, COMMAND)
+    assert_same(tmp_path / "runs" / "whole", whole)
+    assert_tensorboard_shows_the_log(tmp_path / "runs" / "whole")
 
 
-def test_a_finished_run_is_trained_on(whole, run_script, tmp_path):
-    """Three epochs and one more are four epochs; the first three stay."""
-    shutil.copytree(whole, tmp_path / "runs" / "whole")
-    longer = [*COMMAND, "--run-name", "whole", "--num-epochs", "4"]
-    result = run_script("dt_pretrained.py", *longer)
-    assert result.status == 0 and "goes on after epoch 3" in result.out
-    four = dt.read_run(tmp_path / "runs" / "whole").records
-    three = dt.read_run(whole).records
-    assert json.dumps(four[:4]) == json.dumps(three) and four[4]["step"] == 160
-    assert (tmp_path / "runs" / "whole" / "epoch_4.pt").exists()
+def test_tensorboard_shows_the_log(whole):
+    assert_tensorboard_shows_the_log(whole)
 
 
-def test_the_old_file_stays_when_writing_fails(tmp_path):
-    path = tmp_path / "file"
-    with dt.replacing(path) as temporary:
-        temporary.write_bytes(b"old")
-    with pytest.raises(KeyboardInterrupt), dt.replacing(path) as temporary:
-        temporary.write_bytes(b"new")
-        raise KeyboardInterrupt
-    assert path.read_bytes() == b"old"
+def test_a_finished_run_is_trained_on(launcher, whole, run, tmp_path):
+    """Two epochs and one more are three epochs; the first two stay, on the screen as well."""
+    result = launcher.run(tmp_path, TRAIN, *COMMAND, "--num-epochs", "3")
+    assert result.status == 0 and "goes on after epoch 2" in result.out
+    log = pd.read_csv(run / "log.csv")
+    pd.testing.assert_frame_equal(log[log.epoch < 3], pd.read_csv(whole / "log.csv"))
+    assert log.step.max() == 30 and (run / "epoch_3.pt").exists()
+    assert_tensorboard_shows_the_log(run)
 
 
-def test_numbers_that_blow_up_end_the_run(run_script, tmp_path):
-    blow_up = [
-        "--learning-rate",
-        "1e30",
-        "--warmup-steps",
-        "0",
-        "--max-grad-norm",
-        "0",
-        "--run-name",
-        "a",
-    ]
-    assert_one_sentence(
-        run_script("dt_pretrained.py", *COMMAND, *blow_up), "--learning-rate", "not finite"
-    )
-    latest = torch.load(tmp_path / "runs" / "a" / "latest.pt", weights_only=True)
-    assert latest["step"] == 0 and all(v.isfinite().all() for v in latest["model"].values())
+def test_another_argument_is_refused_by_name(launcher, run, tmp_path):
+    result = launcher.run(tmp_path, TRAIN, *COMMAND, "--batch-size", "16")
+    assert_one_sentence(result, "batch_size = 8, not 16", "--run-name")
 
 
-def test_damaged_checkpoints_are_refused(whole, run_script, tmp_path):
-    run = tmp_path / "runs" / "whole"
-    shutil.copytree(whole, run)
-    content = (run / "latest.pt").read_bytes()
-    for damage in (b"", content[: len(content) // 2], content[:-10], b"nonsense"):
-        (run / "latest.pt").write_bytes(damage)
-        longer = [*COMMAND, "--num-epochs", "4", "--run-name", "whole"]
-        assert_one_sentence(run_script("dt_pretrained.py", *longer), "latest.pt", "damaged")
+def test_after_a_divergence_a_lower_learning_rate_goes_on(launcher, tmp_path):
+    blow_up = [*COMMAND, "--learning-rate", "1e30", "--warmup-steps", "0", "--max-grad-norm", "inf"]
+    result = launcher.run(tmp_path, TRAIN, *blow_up)
+    assert_one_sentence(result, "not finite", "--run-name whole", "lower --learning-rate")
+    result = launcher.run(tmp_path, TRAIN, *blow_up, "--learning-rate", "1e-3")
+    assert result.status == 0 and "goes on after epoch 0" in result.out, result.err
+    log = pd.read_csv(tmp_path / "runs" / "whole" / "log.csv")
+    assert log.step.max() == 20 and np.isfinite(log.loss.dropna()).all()
+    assert_tensorboard_shows_the_log(tmp_path / "runs" / "whole")
 
 
-def test_no_pickled_code_is_run(whole, run_script, tmp_path):
+@pytest.mark.parametrize("share", [0, 0.5, 0.999])
+def test_a_damaged_checkpoint_is_refused(launcher, run, tmp_path, share):
+    path = run / "latest.pt"
+    os.truncate(path, int(share * path.stat().st_size))
+    assert_one_sentence(launcher.run(tmp_path, TRAIN, *COMMAND), "latest.pt", "damaged")
+
+
+def test_no_pickled_code_is_run(launcher, run, tmp_path):
     class Evil:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "evil"),)
 
-    run = tmp_path / "runs" / "whole"
-    shutil.copytree(whole, run)
     torch.save({"model": Evil()}, run / "latest.pt")
-    longer = [*COMMAND, "--num-epochs", "4", "--run-name", "whole"]
-    assert_one_sentence(run_script("dt_pretrained.py", *longer), "latest.pt")
+    assert_one_sentence(launcher.run(tmp_path, TRAIN, *COMMAND), "latest.pt")
     assert not (tmp_path / "evil").exists()
 
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+def test_control_c_says_how_to_go_on(launcher, tmp_path):
+    os.kill(start_training(launcher, tmp_path, [*COMMAND, "--num-epochs", "9"]), signal.SIGINT)
+    result = launcher.wait()
+    (sentence,) = without_progress_bars(result.err)
+    assert result.status == 1 and "--run-name whole goes on" in sentence
 
 
-def test_two_processes_train_one_model(tmp_path):
-    """torchrun with gloo on the CPU: one evaluation and one set of files, as from one process."""
-    arguments = [*COMMAND, "--num-epochs", "2"]
-    program = (*TORCHRUN, "dt_pretrained.py")
-    status, out, _ = finish(start(tmp_path, *arguments, "--run-name", "two", program=program))
-    assert status == 0 and out.count("epoch 1: return") == 1
-    records = dt.read_run(tmp_path / "runs" / "two").records
-    assert records[2]["step"] == 80 and 0 < records[2]["loss"] < 2
+# torchrun's agent with two processes that run the script; one plain gradient step in each.
+TWO_PROCESSES = """
+import contextlib, runpy, sys
+import torch
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-
-SLOW_FIRST_PROCESS = """
-import os, runpy, sys, time
-if os.environ["RANK"] == "0":
-    time.sleep(3)
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def test_what_processes_cannot_share_is_said_once(tmp_path):
-    """Also where the process that says it is the last to know."""
-    (tmp_path / "slow.py").write_text(SLOW_FIRST_PROCESS)
-    program = (*TORCHRUN, str(tmp_path / "slow.py"), "dt_pretrained.py")
-    process = start(tmp_path, *TINY, "--batch-size", "3", program=program)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode != 0 and err.count("--batch-size 3 cannot be shared evenly by 2") == 1
-
-
-def test_two_processes_of_one_name_do_not_take_each_others_files(tmp_path):
-    path = tmp_path / "file"
-    with dt.replacing(path) as ours:
-        ours.write_text("ours")
-        command = "import sys, pathlib, dt_pretrained as dt\n"
-        command += "with dt.replacing(pathlib.Path(sys.argv[1])) as theirs: theirs.write_text('x')"
-        subprocess.run([sys.executable, "-c", command, str(path)], cwd=ROOT, check=True)
-    assert path.read_text() == "ours"
-
-
-ONE_STEP = """
-import sys
-import numpy as np, torch
-sys.path.insert(0, sys.argv[1])
-import dt_pretrained as dt
-from conftest import load_data, sample_args
-args = sample_args(dt, batch_size=8, num_epochs=1, steps_per_epoch=1, num_eval_episodes=1,
-                   backbone="random", dropout=0.0, learning_rate=1.0, warmup_steps=0, max_grad_norm=0.0)
 class SGD(torch.optim.SGD):
-    def __init__(self, parameters, lr, **others):
-        super().__init__(parameters, lr=lr)
+    def __init__(self, parameters, **others):
+        super().__init__(parameters)
+
+def script():
+    with contextlib.suppress(SystemExit):
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
 torch.optim.AdamW = SGD
-device = dt.find_device(args)
-dt.train(args, dt.Path("run"), dt.load_backbone(args), device)
+sys.argv = sys.argv[1:]
+options = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "max_restarts": 0}
+elastic_launch(LaunchConfig(1, 1, 2, start_method="fork", **options), script)()
 """
 
 
-def test_gradients_of_two_processes_are_averaged(tmp_path):
-    """One plain gradient step: the new weights follow from both processes' windows."""
-    (tmp_path / "one_step.py").write_text(ONE_STEP)
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *TORCHRUN, "one_step.py", str(ROOT)]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    before = dt.load_model(tmp_path / "run" / "epoch_0.pt", "cpu")
-    after = dt.load_model(tmp_path / "run" / "epoch_1.pt", "cpu")
-    data = load_data(dt, sample_args(dt))
+def test_gradients_of_two_processes_are_averaged(launcher, tmp_path):
+    """The new weights follow from both processes' windows."""
+    one_step = ["--num-epochs", "1", "--steps-per-epoch", "1", "--learning-rate", "1"]
+    one_step += ["--warmup-steps", "0", "--max-grad-norm", "inf", "--dropout", "0"]
+    result = launcher.run(tmp_path, TWO_PROCESSES, dt.__file__, *COMMAND, *one_step)
+    assert result.status == 0 and result.out.count("epoch 1: return") == 1, result.err
+    run = tmp_path / "runs" / "whole"
+    before, args = dt.load_model(run / "epoch_0.pt", "cpu")
+    after, _ = dt.load_model(run / "epoch_1.pt", "cpu")
+    data = load_data(dt, args)
     gradients = []
     for rank in (0, 1):
         rng = np.random.default_rng([666, 1, rank])
         rng.integers(2**60)
         starts = torch.as_tensor(rng.integers(len(data.states), size=(1, 4))[0])
-        loss, _ = dt.training_loss(before, data.windows(starts, 20))
+        loss, _ = dt.training_loss(before, data.windows(starts, 5))
         gradients.append(torch.autograd.grad(loss, list(before.parameters())))
     for old, new, first, second in zip(before.parameters(), after.parameters(), *gradients):
         torch.testing.assert_close(new - old, -(first + second) / 2, rtol=1e-3, atol=1e-5)
 
 
-STUDY = [*TINY, "--backbones", "random", "igpt", "--num-epochs", "3", "--steps-per-epoch", "40"]
-STUDY += ["--context-length", "5", "--norm-windows", "4", "--confusion-windows", "2"]
-
-
-if __name__ == "__main__":  # as often as you like: python tests/test_interruptions.py FOLDER KILLS
-    from pathlib import Path
-
-    folder, count = Path(sys.argv[1]).resolve(), int(sys.argv[2])
+if __name__ == "__main__":
+    parent, count = Path(sys.argv[1]).resolve(), int(sys.argv[2])
     rng = random.Random(0)
     moments = []
-    for i in range(count):
-        save = ("save", rng.randint(1, 7))
-        moments.append(save if i % 3 == 0 else ("time", rng.uniform(0, 1.5)))
-    long_run = [*COMMAND, "--num-epochs", str(count)]  # so that it is not finished too soon
-    long_study = [*STUDY, "--num-epochs", str(count // 2)]
-    study_runs = ["random_clip_0.25", "igpt_clip_0.25"]
-    cases = {
-        "dt_pretrained.py": (long_run, [""], moments[: count // 2]),
-        "analyze_grads.py": (long_study, study_runs, moments[count // 2 :]),
-    }
-    for script, (command, runs, when) in cases.items():
-        alone, killed = folder / script / "alone", folder / script / "killed"
-        alone.mkdir(parents=True)
-        killed.mkdir()
-        arguments = [*command, "--run-name", "whole"]
-        assert finish(start(alone, *arguments, program=(script,)))[0] == 0
-        kills = kill_and_go_on(killed, when, script, command)
-        for run in runs:
-            equal = same(killed / "runs" / "whole" / run, alone / "runs" / "whole" / run)
-            print(f"{script} {run}: {kills} kills, {'the same' if equal else 'DIFFERENT'}")
-        results = [part / "runs" / "whole" / "results.json" for part in (alone, killed)]
-        if results[0].exists():
-            rows = [json.loads(path.read_text()) for path in results]
-            print("results.json:", "the same" if str(rows[0]) == str(rows[1]) else "DIFFERENT")
+    for _ in range(count):
+        # An epoch writes three to five times: after the seventh it has come further.
+        write = ("write", rng.randint(1, 7))
+        moments.append(rng.choice([write, ("time", rng.uniform(0, 1.5))]))
+    command = [*COMMAND, "--steps-per-epoch", "100", "--num-epochs", str(2 * count)]
+    launcher = Launcher()
+    for name in ("alone", "killed"):
+        (parent / name).mkdir(parents=True)
+        kill_and_go_on(launcher, parent / name, moments if name == "killed" else [], command)
+    launcher.close()
+    assert_same(parent / "killed" / "runs" / "whole", parent / "alone" / "runs" / "whole")
+    assert_tensorboard_shows_the_log(parent / "killed" / "runs" / "whole")
+    print(f"{count} kills: the same")

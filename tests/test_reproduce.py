@@ -4,95 +4,100 @@ import re
 import shlex
 import subprocess
 
+import pandas as pd
 from conftest import ROOT
 
 TINY = {
-    "--num-epochs": ["2"],
-    "--steps-per-epoch": ["2"],
-    "--num-eval-episodes": ["1"],
-    "--batch-size": ["2"],
-    "--mine-steps": ["1"],
-    "--mine-windows": ["20"],
-    "--mine-batch-size": ["10"],
-    "--mine-passes": ["1"],
-    "--norm-windows": ["3"],
-    "--confusion-windows": ["2"],
-    "--cka-windows": ["10"],
+    "--num-epochs": "2",
+    "--steps-per-epoch": "2",
+    "--num-eval-episodes": "1",
+    "--batch-size": "2",
+    "--mine-windows": "20",
+    "--mine-batch-size": "10",
+    "--mine-passes": "1",
+    "--norm-windows": "3",
+    "--confusion-windows": "2",
+    "--cka-windows": "10",
+    "--attention-windows": "5",
 }
-LATER_EPOCHS = {"4", "10", "40"}  # all are the last one here
+OF_ANALYSES = {
+    "dt_no_context.py": ("--attention-windows",),
+    "analyze_grads.py": ("--norm-windows", "--confusion-windows"),
+    "analyze_repr.py": ("--mine-windows", "--mine-batch-size", "--mine-passes", "--cka-windows"),
+}
 
 
-def commands():
-    """The commands as bash expands them: [[script, argument, ...]]."""
+def commands(folder):
+    """The commands as bash expands them in an empty folder: [[script, argument, ...]]."""
     text = (ROOT / "tests" / "results" / "README.md").read_text()
     block = re.search(r"<!-- commands -->\n```bash\n(.+?)```", text, re.DOTALL)[1]
     show = 'python() { printf "%q " "$@"; echo; }\n'
     result = subprocess.run(
-        ["bash", "-euc", show + block], capture_output=True, text=True, check=True
+        ["bash", "-euc", show + block], cwd=folder, capture_output=True, text=True, check=True
     )
     return [shlex.split(line) for line in result.stdout.splitlines()]
 
 
-def options(command):
-    """{"--flag": [values]} of a command."""
-    found = {}
-    for word in command[1:]:
+def in_a_tiny_size(command):
+    """Its arguments on the bundled data: two epochs, which all later ones become, and one block."""
+    script, *words = command
+    chosen = {}
+    for word in words:
         if word.startswith("--"):
-            found[word] = []
+            chosen[word] = []
         else:
-            found[list(found)[-1]].append(word)
-    return found
-
-
-def in_a_tiny_size(command, module_fields):
-    chosen = options(command)
-    chosen.pop("--dataset", None)  # the bundled one instead
-    chosen.pop("--mine-paper-settings", None)  # 1,000 passes
-    for flag, values in TINY.items():
-        if flag[2:].replace("-", "_") in module_fields:
-            chosen[flag] = values
-    for flag in ("--epochs", "--save-epochs", "--attention-epochs"):
+            chosen[list(chosen)[-1]].append(word)
+    chosen.pop("--dataset", None)
+    for flag, value in TINY.items():
+        is_of_training = not any(flag in flags for flags in OF_ANALYSES.values())
+        if is_of_training or flag in OF_ANALYSES.get(script, ()):
+            if chosen.get(flag) != ["0"]:
+                chosen[flag] = [value]
+    for flag in ("--epochs", "--save-epochs"):
         if flag in chosen:
-            epochs = ["2" if epoch in LATER_EPOCHS else epoch for epoch in chosen[flag]]
+            epochs = ["2" if int(epoch) > 1 else epoch for epoch in chosen[flag]]
             chosen[flag] = list(dict.fromkeys(epochs))
-    words = ["--sample"]
+    if "--replace-blocks" in chosen:
+        chosen["--replace-blocks"] = ["0"]
+    arguments = ["--sample"]
     for flag, values in chosen.items():
-        words += [flag, *values]
-    return words
+        arguments += [flag, *values]
+    return arguments
 
 
 def test_the_papers_figures_by_the_commands_of_the_page(run_script, tmp_path):
-    import analyze_grads
-    import analyze_repr
-    import dt_no_context
-    import dt_pretrained
-
-    modules = {
-        f"{module.__name__}.py": module
-        for module in (analyze_grads, analyze_repr, dt_no_context, dt_pretrained)
-    }
-    all_commands = commands()
+    all_commands = commands(tmp_path)
     assert len(all_commands) == 3 * 2 * 12 + 1  # three environments, two seeds
     of_one = [c for c in all_commands if any("Hopper" in word and "666" in word for word in c)]
     assert len(of_one) == 12
     for command in of_one:
-        chosen = options(command)
-        if "--backbone" in chosen:  # the paper's data and precision, not the defaults
-            assert chosen["--dataset"] == ["hopper_medium-v2.hdf5"]
-            assert chosen["--precision"] == ["fp32"] and chosen["--seed"] == ["666"]
-        fields = modules[command[0]].Args.__dataclass_fields__
-        result = run_script(command[0], *in_a_tiny_size(command, fields))
+        if "--backbone" in command:  # the paper's data and precision, not the defaults
+            assert "hopper_medium-v2.hdf5" in command and "fp32" in command and "666" in command
+        result = run_script(command[0], *in_a_tiny_size(command))
         assert result.status == 0, f"{command}\n{result.err}"
     figures = {
-        "Hopper_no_context_666": ["learning_curves"],
-        "Hopper_blocks_666": ["learning_curves"],
-        "Hopper_attention_666": ["attention_gaps", "attention_heads"],
-        "Hopper_gradients_666": ["parameter_change", "gradient_windows", "gradient_shares"],
-        "Hopper_clipping_666": ["clipping"],
-        "Hopper_representations_666": ["cka_before_after", "information_with_context"],
+        "no_context": ["learning_curves"],
+        "blocks": ["learning_curves"],
+        "attention": ["attention_gaps", "attention_heads"],
+        "gradients": [
+            "parameter_change",
+            "gradient_windows",
+            "gradient_shares",
+            "gradient_per_set",
+        ],
+        "clipping": ["clipping"],
+        "representations": [
+            "cka_before_after",
+            "cka_heat_maps_state",
+            "information_with_context",
+            "information_of_same_step",
+            "information_in_data",
+        ],
     }
     for folder, names in figures.items():
         for name in names:
-            assert (tmp_path / "runs" / folder / f"{name}.png").exists(), name
-    tables = run_script(all_commands[-1][0], *sorted((tmp_path / "runs").iterdir()))
-    assert tables.status == 0 and "Hopper-v4 | 20 | gpt2" in tables.out
+            assert (tmp_path / "runs/Hopper" / folder / f"666/{name}.png").exists(), name
+    information = pd.read_csv(tmp_path / "runs/Hopper/representations/666/information.csv")
+    assert information.training.notna().any()
+    tables = run_script(all_commands[-1][0], *sorted((tmp_path / "runs/Hopper/gpt2").iterdir()))
+    assert tables.status == 0 and "gpt2" in tables.out
