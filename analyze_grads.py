@@ -19,9 +19,10 @@ import json
 import math
 import os
 
-os.environ["MPLBACKEND"] = "agg"  # notebooks set one that need not be there
+os.environ["MPLBACKEND"] = "agg"  # Jupyter and Colab name one that only their kernel has
 import signal
 import sys
+import textwrap
 import time
 import warnings
 from contextlib import contextmanager
@@ -52,7 +53,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
 )
-from pydantic.dataclasses import dataclass
+from pydantic.dataclasses import dataclass  # as the standard one, but it checks what it is given
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -151,7 +152,7 @@ SAMPLE = Args(
 @dataclass
 class Analysis:
     backbones: tuple[str, ...] = ("random", "gpt2", "igpt")
-    """starting points to compare, each as --backbone has it, which itself is not taken here"""
+    """starting points to train and compare, by the names that --backbone takes elsewhere"""
     runs: tuple[Path, ...] = ()
     """finished runs of any script to analyze instead of training"""
     epochs: tuple[NonNegativeInt, ...] = (1,)
@@ -876,7 +877,7 @@ def train(args, folder, backbone):
         episodes = pd.DataFrame({"return": returns, "length": lengths, "score": scores})
         log += episodes.assign(epoch=epoch, step=step).to_dict("records")
         frame = pd.DataFrame(log).assign(
-            run=str(folder).split("runs/")[-1],
+            run=str(folder).removeprefix("runs/"),
             env=args.env,
             dataset=args.dataset,
             backbone=args.backbone,
@@ -937,11 +938,13 @@ def gradient_statistics(model, windows):
     cosines between the gradients of the blocks [windows, windows], all in float64 on the CPU.
 
     All gradients of GPT-2 small would take 34 GB for 100 windows. But a squared norm and an inner
-    product are sums over the parameters, so that one block after the other is enough: 2.8 GB.
+    product are sums over the parameters, so that one block after the other is enough: 2.8 GB, for
+    which each window passes through the model once a block. All is computed in float32.
     The released code leaves dropout on for the random model alone, since only from_pretrained
     returns a model in evaluation mode. [analysis/signal_propagation.py#L144]
     """
-    inner_products = 0
+    num_windows = len(windows.valid)
+    inner_products = torch.zeros(num_windows, num_windows, dtype=torch.float64)
     for block in tqdm(model.transformer.h, desc="gradients", unit="block", leave=False):
         gradients = gradients_of_windows(model, windows, list(block.parameters()))
         inner_products += (gradients @ gradients.T).cpu().double()  # Apple's mps has no float64
@@ -989,7 +992,7 @@ def parameter_sets(model, before, windows, max_grad_norm):
                 "cosine": (new @ old / (new.norm() * old.norm())).item(),
             }
         )
-    sets = pd.DataFrame(rows).replace(math.inf, math.nan)
+    sets = pd.DataFrame(rows).replace(math.inf, math.nan)  # relative to a set that starts at zero
     return sets.assign(share=sets["norm"] / sets["norm"].sum())
 
 
@@ -999,8 +1002,8 @@ def parameter_sets(model, before, windows, max_grad_norm):
 def analyze(run, epoch, analysis, args):
     """Tables of single windows, of pairs of them and of parameter sets, for `run` after `epoch`.
 
-    The windows are drawn with the seed of the analysis, and are the same for every model of a data
-    set but for their length; the released code draws others for each. As there, they may be padded.
+    The windows depend on --seed, the data set and K alone, so that models are shown the same; the
+    released code draws new ones for each. There as here they may be padded.
     """
     before, _ = load_model(run / "epoch_0.pt", "cpu")
     model, run_args = load_model(run / f"epoch_{epoch}.pt", args.device)
@@ -1053,6 +1056,7 @@ def plot_windows(windows, pairs, title):
     panels[1].set(xlabel="norm of the blocks' gradient after clipping")
     panels[2].set(xlabel=f"cosine of two gradients, {num_compared} windows")
     panels[3].set(xlabel="lowest cosine: gradient confusion")
+    panels[3].locator_params("x", nbins=5)
     figure.suptitle(f"Gradients of {windows.window.nunique()} single windows\n{title}")
     return figure
 
@@ -1067,7 +1071,9 @@ def plot_shares(sets, title):
     # The first LayerNorm of the network, which dominates in the paper, is shown by itself.
     is_first = (sets.block == 0) & sets["set"].str.startswith("ln_1")
     kinds = kinds.mask(is_first, "0." + sets["set"])
-    shares = sets.assign(kind=kinds).pivot_table("share", "label", "kind", "sum", sort=False)
+    shares = sets.assign(kind=kinds).pivot_table(
+        values="share", index="label", columns="kind", aggfunc="sum", sort=False
+    )
     axes = shares.reindex(
         columns=["0.ln_1.weight", "0.ln_1.bias", "other LayerNorms", "attention", "mlp"]
     ).plot.barh(
@@ -1097,18 +1103,18 @@ def plot_sets(sets, columns, title):
     for row, (column, description) in zip(rows, columns.items()):
         positive = sets[column][sets[column] > 0]
         if column == "cosine" or positive.empty:
-            norm = Normalize(sets[column].min(), sets[column].max())
+            scale = Normalize(sets[column].min(), sets[column].max())
         else:
-            norm = LogNorm(positive.min(), positive.max())
+            scale = LogNorm(positive.min(), positive.max())
         for axes, label in zip(row, labels):
             of_model = sets[sets.label == label]
             cells = of_model.pivot(index="set", columns="block", values=column)
             cells = cells.loc[of_model["set"].unique()]  # pivot has sorted them by name
-            bar = {"label": description}
-            sns.heatmap(cells, norm=norm, yticklabels=True, cbar_kws=bar, ax=axes)
+            bar = {"label": description, "format": "%.7g"}
+            sns.heatmap(cells, norm=scale, yticklabels=True, cbar_kws=bar, ax=axes)
             axes.set(title=label, xlabel="block", ylabel="", facecolor="lightgrey")
     figure.suptitle(title)
-    figure.tight_layout()  # at last: a heat map draws its whole figure, layout and all
+    figure.tight_layout()  # once, at the end: a layout takes long with many panels
     return figure
 
 
@@ -1156,13 +1162,14 @@ def read_logs(folders):
     for folder in folders:
         with explain(f"{folder} is no folder of a run"):
             log = pd.read_csv(folder / "log.csv")
-        logs.append(log.assign(run=str(folder).split("runs/")[-1]))
+        logs.append(log.assign(run=str(folder).removeprefix("runs/")))
     log = pd.concat(logs, ignore_index=True)
     runs = log.drop_duplicates("run").set_index("run")[SETTINGS]
-    differs = runs.nunique(dropna=False) > 1
+    runs = runs.astype(object).fillna("default")  # a head_std that was not given
     labels = runs.backbone.copy()
-    for name in runs.columns[differs].drop("backbone", errors="ignore"):
-        labels += ", " + name + " " + runs[name].astype(str)
+    for name in SETTINGS:
+        if name != "backbone" and runs[name].nunique() > 1:
+            labels += f", {name} " + runs[name].astype(str)
     if labels.duplicated().any():
         labels += " (" + labels.index + ")"
     return log.assign(label=log.run.map(labels))
@@ -1173,7 +1180,7 @@ def describe(log):
     parts = []
     for name in ("env", "dataset", "backbone", "K", "seed"):
         parts.append(f"{name} " + ", ".join(log[name].astype(str).unique()))
-    return "; ".join(parts)
+    return textwrap.fill("; ".join(parts), 110)
 
 
 # ==================================================================================================
@@ -1185,7 +1192,8 @@ def explain(what):
     try:
         yield
     except Exception as error:
-        sys.exit(f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:300]}).")
+        words = " ".join(str(error).split())[:300].rstrip(".")
+        sys.exit(f"{what} ({type(error).__name__}: {words}).")
 
 
 def complete_arguments(args, subject):
@@ -1257,8 +1265,8 @@ def save_figure(figure, path, step):
 # Experiment
 # ==================================================================================================
 if __name__ == "__main__":
-    if "--backbone" in sys.argv:
-        sys.exit("--backbone is for a single run, as of dt_pretrained.py: give --backbones.")
+    if any(argument.split("=")[0] == "--backbone" for argument in sys.argv):
+        sys.exit("This script compares several starting points: it takes --backbones.")
     # The paper analyzes epoch 1.
     training = replace(SAMPLE if "--sample" in sys.argv else Args(), num_epochs=1)
     config = tyro.cli(
@@ -1269,7 +1277,7 @@ if __name__ == "__main__":
     analysis = config.analysis
     args = config.training
     folder = complete_arguments(args, subject="study")
-    runs = list(analysis.runs)
+    runs = list(dict.fromkeys(analysis.runs))  # each once
     if not runs:
         if max(analysis.epochs) > args.num_epochs:
             sys.exit(f"--epochs {max(analysis.epochs)} is beyond --num-epochs {args.num_epochs}.")
@@ -1287,11 +1295,12 @@ if __name__ == "__main__":
     log = read_logs(runs)
     results = []
     progress = tqdm(runs, desc="analysis", unit="run")
-    for run, name, label in zip(progress, log.run.unique(), log.label.unique(), strict=True):
+    for run_folder, run, label in zip(progress, log.run.unique(), log.label.unique()):
         for epoch in analysis.epochs:
-            names = {"run": name, "label": f"{label}, epoch {epoch}", "epoch": epoch}
-            tables = analyze(run, epoch, analysis, args)
+            names = {"run": run, "label": f"{label}, epoch {epoch}", "epoch": epoch}
+            tables = analyze(run_folder, epoch, analysis, args)
             results.append([table.assign(**names) for table in tables])
+    # Each result has one table of each kind; the tables of a kind go below one another.
     windows, pairs, sets = [pd.concat(tables, ignore_index=True) for tables in zip(*results)]
     folder.mkdir(parents=True, exist_ok=True)
     windows.to_csv(folder / "windows.csv", index=False)

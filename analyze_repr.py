@@ -23,6 +23,7 @@ import os
 os.environ["MPLBACKEND"] = "agg"  # notebooks set one that need not be there
 import signal
 import sys
+import textwrap
 import time
 import warnings
 from contextlib import contextmanager
@@ -891,7 +892,7 @@ def train(args, folder, backbone):
         episodes = pd.DataFrame({"return": returns, "length": lengths, "score": scores})
         log += episodes.assign(epoch=epoch, step=step).to_dict("records")
         frame = pd.DataFrame(log).assign(
-            run=str(folder).split("runs/")[-1],
+            run=str(folder).removeprefix("runs/"),
             env=args.env,
             dataset=args.dataset,
             backbone=args.backbone,
@@ -1084,7 +1085,7 @@ def mine(x, t, analysis, seed):
 
     `x` [estimators, 2 * windows, features] and `t` [estimators, 2 * windows, width] hold the
     training windows first, then as many held-out ones. Returns the estimates on the held-out and on
-    the training windows, in nats, both [estimators]; nan where a network has diverged.
+    the training windows, in nats, both [estimators]; not finite where a network has diverged.
     All networks start alike and see the windows in the same order: they differ by their data only.
     """
     torch.manual_seed(seed)
@@ -1155,9 +1156,9 @@ def data_tokens(windows, steps):
 def questions_about_data(windows, steps):
     """What states and returns say about actions, without any model (App. H.2)."""
     data = data_tokens(windows, steps)
-    about = {"analysis": "data", "block": math.nan}
-    yield {**about, "quantity": "I(s_t; a_t)", "token": "state"}, data["state"], data["action"]
-    yield {**about, "quantity": "I(R_t; a_t)", "token": "return"}, data["return"], data["action"]
+    for token, quantity in (("state", "I(s_t; a_t)"), ("return", "I(R_t; a_t)")):
+        about = {"analysis": "data", "token": token, "quantity": quantity}
+        yield about, data[token], data["action"]
 
 
 def questions_about_model(model, windows, steps):
@@ -1215,7 +1216,8 @@ def answer(questions, steps, analysis, seed):
 # ==================================================================================================
 # Labels have the same order in all tables, and so the same color in all figures.
 def entitle(figure, title, log):
-    figure.suptitle(f"{title}\n{describe(log)}", y=1.01, verticalalignment="bottom")
+    figure.suptitle(f"{title}\n{describe(log)}")
+    figure.subplots_adjust(top=1 - 1.0 / figure.get_figheight())  # an inch for it
     return figure
 
 
@@ -1233,47 +1235,56 @@ def plot_cka(cka, log, analysis):
         col="token",
         kind="line",
         estimator=None,
-        markers={"LayerNorm": "D", "other": "."},
+        markers={"LayerNorm": "D", "other": "o"},
+        markersize=5,
+        dashes=False,
         palette="colorblind",
         height=4,
     )
     grid.refline(y=analysis.cka_threshold, color="black", linestyle=":")
     grid.set_titles("{col_name} token of the last step")
     grid.set_axis_labels("depth, 0 the first layer, 1 the last", "linear CKA, debiased")
-    title = f"Each layer before and after fine-tuning, {analysis.cka_windows} windows"
+    epochs = ", ".join(cka.epochs.unique())
+    title = f"Each layer in epochs {epochs}, {analysis.cka_windows} windows"
     return entitle(grid.figure, title, log)
 
 
 def plot_heat_maps(grams, token, log, analysis):
     """CKA of all layers: within each model before and after, and between models after (App. D).
 
-    `grams` holds the gram_matrices of models by ("before" or "after", label).
+    `grams` holds the gram_matrices of models by "before" or "after" and by their labels.
     """
-    after = [model for model in grams if model[0] == "after"]
-    pairs = [(model, model) for model in grams]
-    pairs += itertools.combinations(after, 2)
-    num_columns = max(2, len(after))
-    num_rows = math.ceil(len(pairs) / num_columns)
-    figure = Figure(figsize=(4 * num_columns + 1, 4 * num_rows), layout="constrained")
-    grid = figure.subplots(num_rows, num_columns, squeeze=False).flatten()
-    for axes in grid[len(pairs) :]:
+    panels = []
+    for when, models in grams.items():
+        panels += [(when, label, label) for label in models]
+    panels += [("after", *labels) for labels in itertools.combinations(grams["after"], 2)]
+    num_columns = max(2, len(grams["after"]))
+    num_rows = math.ceil(len(panels) / num_columns)
+    figure = Figure(figsize=(4 * num_columns + 1, 4 * num_rows + 1))
+    spaces = {"wspace": 0.25, "hspace": 0.3}
+    grid = figure.subplots(num_rows, num_columns, squeeze=False, gridspec_kw=spaces).flatten()
+    for axes in grid[len(panels) :]:
         axes.set_axis_off()
-    for axes, (a, b) in zip(grid, pairs):
-        similarity = grams[a][token] @ grams[b][token].T
-        num_rows, num_columns = similarity.shape
-        extent = (0, num_columns / len(LAYERS), 0, num_rows / len(LAYERS))
+    for axes, (when, label_a, label_b) in zip(grid, panels):
+        similarity = (grams[when][label_a][token] @ grams[when][label_b][token].T).numpy()
+        blocks_a, blocks_b = np.array(similarity.shape) / len(LAYERS)
+        extent = (0, blocks_b, 0, blocks_a)
         image = axes.imshow(
             similarity, vmin=0, vmax=1, origin="lower", extent=extent, aspect="auto"
         )
-        axes.set(title=f"{a[0]} fine-tuning", xlabel=f"block of {b[1]}", ylabel=f"block of {a[1]}")
-    figure.colorbar(image, ax=list(grid), label="linear CKA, debiased", shrink=0.5)
+        axes.locator_params(integer=True)
+        axes.set(
+            title=f"{when} fine-tuning", xlabel=f"block, {label_b}", ylabel=f"block, {label_a}"
+        )
+    figure.colorbar(image, ax=list(grid), label="linear CKA, debiased", shrink=0.5, pad=0.03)
     title = f"All layers at the last {token} token, {analysis.cka_windows} windows"
     return entitle(figure, title, log)
 
 
-def mine_settings(analysis):
+def mine_settings(analysis, information):
+    epochs = ", ".join(information.epoch.dropna().astype(str).unique())
     windows = f"{analysis.mine_windows} {analysis.mine_estimate.replace('_', '-')} windows"
-    return f"MINE, {analysis.mine_passes} passes, read off {windows}"
+    return f"Epoch {epochs}; MINE, {analysis.mine_passes} passes, read off {windows}"
 
 
 def plot_information_with_context(information, log, analysis):
@@ -1304,7 +1315,7 @@ def plot_information_with_context(information, log, analysis):
     )
     grid.set_titles("{row_name}, {col_name} block")
     grid.set_axis_labels("time step t, 0 is the last", "information, nats")
-    return entitle(grid.figure, mine_settings(analysis), log)
+    return entitle(grid.figure, mine_settings(analysis, information), log)
 
 
 def plot_information_of_same_step(information, log, analysis):
@@ -1328,7 +1339,7 @@ def plot_information_of_same_step(information, log, analysis):
     )
     grid.set_titles("{col_name}, mean and deviation over t")
     grid.set_axis_labels("depth, 0 the first block, 1 the last", "information, nats")
-    return entitle(grid.figure, mine_settings(analysis), log)
+    return entitle(grid.figure, mine_settings(analysis, information), log)
 
 
 def plot_information_in_data(information, log, analysis):
@@ -1340,10 +1351,10 @@ def plot_information_in_data(information, log, analysis):
         hue="shuffled",
         palette="colorblind",
         height=4,
-        aspect=1.5,
+        aspect=2,
     )
     grid.set_axis_labels("", "information, nats, at each time step")
-    return entitle(grid.figure, mine_settings(analysis), log)
+    return entitle(grid.figure, mine_settings(analysis, information), log)
 
 
 # ==================================================================================================
@@ -1363,13 +1374,14 @@ def read_logs(folders):
     for folder in folders:
         with explain(f"{folder} is no folder of a run"):
             log = pd.read_csv(folder / "log.csv")
-        logs.append(log.assign(run=str(folder).split("runs/")[-1]))
+        logs.append(log.assign(run=str(folder).removeprefix("runs/")))
     log = pd.concat(logs, ignore_index=True)
     runs = log.drop_duplicates("run").set_index("run")[SETTINGS]
-    differs = runs.nunique(dropna=False) > 1
+    runs = runs.astype(object).fillna("default")  # a head_std that was not given
     labels = runs.backbone.copy()
-    for name in runs.columns[differs].drop("backbone", errors="ignore"):
-        labels += ", " + name + " " + runs[name].astype(str)
+    for name in SETTINGS:
+        if name != "backbone" and runs[name].nunique() > 1:
+            labels += f", {name} " + runs[name].astype(str)
     if labels.duplicated().any():
         labels += " (" + labels.index + ")"
     return log.assign(label=log.run.map(labels))
@@ -1380,7 +1392,7 @@ def describe(log):
     parts = []
     for name in ("env", "dataset", "backbone", "K", "seed"):
         parts.append(f"{name} " + ", ".join(log[name].astype(str).unique()))
-    return "; ".join(parts)
+    return textwrap.fill("; ".join(parts), 110)
 
 
 # ==================================================================================================
@@ -1392,7 +1404,8 @@ def explain(what):
     try:
         yield
     except Exception as error:
-        sys.exit(f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:300]}).")
+        words = " ".join(str(error).split())[:300].rstrip(".")
+        sys.exit(f"{what} ({type(error).__name__}: {words}).")
 
 
 def complete_arguments(args, subject):
@@ -1504,11 +1517,13 @@ if __name__ == "__main__":
     for name in ("env", "dataset", "K"):
         if log[name].nunique() > 1:
             values = ", ".join(log[name].astype(str).unique())
-            sys.exit(f"Runs of {name} {values} cannot be shown the same windows: take one of them.")
+            sys.exit(
+                f"The runs have {name} {values}, but must see the same windows: take one {name}."
+            )
 
-    similarities = {}
-    grams = {}
-    questions = {}
+    similarities = []
+    grams = {"before": {}, "after": {}}
+    questions = []
     for run_folder, (run, run_log) in zip(run_folders, log.groupby("run", sort=False)):
         label = run_log.label.iloc[0]
         first, last = analysis.epochs or (0, run_log.epoch.max())
@@ -1516,18 +1531,21 @@ if __name__ == "__main__":
         after, run_args = load_model(run_folder / f"epoch_{last}.pt", args.device)
         # The same for all models.
         cka_windows, mine_windows = choose_windows(run_args, analysis, args.seed)
-        grams["before", label] = gram_matrices(before, cka_windows)
-        grams["after", label] = gram_matrices(after, cka_windows)
-        similarity = cka_table(grams["before", label], grams["after", label])
-        similarities[run, label] = similarity.assign(epochs=f"{first} and {last}")
+        grams["before"][label] = gram_matrices(before, cka_windows)
+        grams["after"][label] = gram_matrices(after, cka_windows)
+        similarity = cka_table(grams["before"][label], grams["after"][label])
+        similarity = similarity.assign(run=run, label=label, epochs=f"{first} and {last}")
+        similarities.append(similarity)
         # Time steps of a window, evenly spaced, the last one among them.
         K = run_args.context_length
         steps = sorted({round(step) for step in np.linspace(K - 1, 0, min(analysis.mine_steps, K))})
-        questions["data", "data"] = questions_about_data(mine_windows, steps)
-        questions[run, label] = questions_about_model(after, mine_windows, steps)
+        names = {"run": run, "label": label, "epoch": last}
+        questions.append((names, questions_about_model(after, mine_windows, steps)))
+    names = {"run": "data", "label": "data"}
+    questions.append((names, questions_about_data(mine_windows, steps)))
 
     folder.mkdir(parents=True, exist_ok=True)
-    cka = pd.concat(similarities, names=["run", "label"]).droplevel(2).reset_index()
+    cka = pd.concat(similarities, ignore_index=True)
     cka.to_csv(folder / "cka.csv", index=False)
     figures = {"cka_before_after": plot_cka(cka, log, analysis)}
     for token in TOKENS:
@@ -1541,17 +1559,16 @@ if __name__ == "__main__":
     print(means.round(3).to_string())
 
     if analysis.mine_windows > 0:
-        answers = {}
-        for name, asked in questions.items():
-            answers[name] = answer(asked, steps, analysis, args.seed)
-        information = pd.concat(answers, names=["run", "label"]).droplevel(2).reset_index()
+        answers = []
+        for names, asked in questions:
+            answers.append(answer(asked, steps, analysis, args.seed).assign(**names))
+        information = pd.concat(answers, ignore_index=True)
+        information = information.astype({"epoch": "Int64", "block": "Int64"})
         information.to_csv(folder / "information.csv", index=False)
-        for plot in (
-            plot_information_with_context,
-            plot_information_of_same_step,
-            plot_information_in_data,
-        ):
-            figures[plot.__name__.removeprefix("plot_")] = plot(information, log, analysis)
+        of_information = (information, log, analysis)
+        figures["information_with_context"] = plot_information_with_context(*of_information)
+        figures["information_of_same_step"] = plot_information_of_same_step(*of_information)
+        figures["information_in_data"] = plot_information_in_data(*of_information)
         print("Mutual information in nats, mean over blocks, tokens and steps")
         means = information.groupby(["label", "analysis", "quantity", "shuffled"], sort=False)
         means = means[["held_out", "training"]].mean().unstack("shuffled")

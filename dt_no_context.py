@@ -880,7 +880,7 @@ def train(args, folder, backbone):
         episodes = pd.DataFrame({"return": returns, "length": lengths, "score": scores})
         log += episodes.assign(epoch=epoch, step=step).to_dict("records")
         frame = pd.DataFrame(log).assign(
-            run=str(folder).split("runs/")[-1],
+            run=str(folder).removeprefix("runs/"),
             env=args.env,
             dataset=args.dataset,
             backbone=args.backbone,
@@ -920,20 +920,22 @@ def train(args, folder, backbone):
 # ==================================================================================================
 # Block replacement: one pre-trained block in a random model (section 5.6.1)
 # ==================================================================================================
-def mixed_backbone(args, pretrained, block):
-    """A random Backbone as deep and wide as `pretrained`, with its block number `block` in there.
+def mixed_backbone(args, pretrained, block_number):
+    """A random Backbone as deep and wide as `pretrained`, with one of its blocks in there.
 
     The block keeps its own heads, activation and LayerNorm.
     """
     width = pretrained.blocks[0].n_embd
-    random_block = BlockConfig(width, 1, 4 * width, "relu", dropout=args.dropout)
+    random_block = BlockConfig(
+        n_embd=width, n_head=1, n_inner=4 * width, activation="relu", dropout=args.dropout
+    )
     blocks = [random_block] * len(pretrained.blocks)
-    # `if pretrained_block:` is false for block 0 in the released code, which so trains a whole
-    # GPT-2 in its place. [experiment.py#L321]
-    blocks[block] = pretrained.blocks[block]
+    # Also block 0. The released code tests `if pretrained_block:`, which is false for 0, and so
+    # trains a whole GPT-2 there. [experiment.py#L321]
+    blocks[block_number] = pretrained.blocks[block_number]
     weights = {}
     for name, weight in pretrained.weights.items():
-        if name.startswith(f"h.{block}."):
+        if name.startswith(f"h.{block_number}."):
             weights[name] = weight
     return Backbone(blocks, "layernorm", weights)
 
@@ -980,14 +982,17 @@ def attention_of_heads(model, windows):
     for number, block in enumerate(model.transformer.h):
         weights = attention_weights(block.attn, block.ln_1(x))
         distance, own_token = attention_statistics(weights)  # [windows, heads]
+        window, head = np.indices(distance.shape)
         columns = {
-            "distance": pd.DataFrame(distance.cpu().numpy()).stack(),
-            "own_token": pd.DataFrame(own_token.cpu().numpy()).stack(),
+            "block": number,
+            "window": window.flatten(),
+            "head": head.flatten(),
+            "distance": distance.flatten().cpu().numpy(),
+            "own_token": own_token.flatten().cpu().numpy(),
         }
-        table = pd.DataFrame(columns).rename_axis(["window", "head"]).reset_index()
-        tables.append(table.assign(block=number))
+        tables.append(pd.DataFrame(columns))
         x = block(x)
-    return pd.concat(tables)
+    return pd.concat(tables, ignore_index=True)
 
 
 def draw_windows(args, num_windows, seed):
@@ -1009,13 +1014,12 @@ def measure_attention(folder, analysis, args):
     epochs = analysis.attention_epochs
     if not epochs:
         epochs = sorted(int(path.stem.split("_")[1]) for path in folder.glob("epoch_*.pt"))
-    tables = []
+    models = {}
     for epoch in epochs:
-        model, run_args = load_model(folder / f"epoch_{epoch}.pt", args.device)
-        if not tables:
-            windows = draw_windows(run_args, analysis.attention_windows, args.seed)
-        tables.append(attention_of_heads(model, windows).assign(epoch=epoch))
-    return pd.concat(tables).assign(run=str(folder).split("runs/")[-1])
+        models[epoch], run_args = load_model(folder / f"epoch_{epoch}.pt", args.device)
+    windows = draw_windows(run_args, analysis.attention_windows, args.seed)
+    tables = [attention_of_heads(model, windows).assign(epoch=e) for e, model in models.items()]
+    return pd.concat(tables)
 
 
 # ==================================================================================================
@@ -1024,7 +1028,7 @@ def measure_attention(folder, analysis, args):
 def colors_of(log):
     """{label: color}, so that a run has the same color in all figures."""
     labels = log.label.unique()
-    # The colors for the color-blind are ten.
+    # seaborn has ten colors for the color-blind, and GPT-2 twelve blocks to replace.
     palette = "colorblind" if len(labels) <= 10 else "viridis"
     return dict(zip(labels, sns.color_palette(palette, len(labels))))
 
@@ -1065,7 +1069,10 @@ def attention_title(attention, log):
 
 
 def distance_gaps(attention):
-    """|d(epoch) - d(first epoch)| of each run, block and window; d is the mean over the heads."""
+    """How far the attention distance of each run, block and window is from the first epoch's.
+
+    It is a mean over the heads. A run's rows are in the order of its epochs.
+    """
     keys = ["label", "block", "window"]
     distances = attention.groupby([*keys, "epoch"], sort=False).distance.mean().reset_index()
     first = distances.groupby(keys).transform("first")
@@ -1093,7 +1100,7 @@ def plot_attention_gaps(attention, log):
         height=4,
         aspect=1.5,
     )
-    grid.set_titles(f"epoch {attention.epoch.iloc[0]} to epoch {{col_name}}")
+    grid.set_titles("from the first epoch measured to epoch {col_name}")
     grid.set_axis_labels("block", "change of the attention distance (tokens)")
     grid.figure.suptitle(attention_title(attention, log), y=1, va="bottom")
     return grid.figure
@@ -1112,7 +1119,7 @@ def plot_attention_heads(attention, log):
     for row, (label, run) in zip(grid, runs):
         epochs = [run.epoch.iloc[0], run.epoch.iloc[-1]]
         for axes, (name, epoch) in zip(row, itertools.product(panels, epochs)):
-            heads = means.loc[label, epoch][name].unstack("head")
+            heads = means[name].loc[label, epoch].unstack("head")
             # seaborn's heatmap would draw the whole figure anew for each panel.
             image = axes.imshow(heads, vmin=lowest[name], vmax=highest[name], aspect="auto")
             figure.colorbar(image, ax=axes)
@@ -1140,14 +1147,14 @@ def read_logs(folders):
     for folder in folders:
         with explain(f"{folder} is no folder of a run"):
             log = pd.read_csv(folder / "log.csv")
-        logs.append(log.assign(run=str(folder).split("runs/")[-1]))
+        logs.append(log.assign(run=str(folder).removeprefix("runs/")))
     log = pd.concat(logs, ignore_index=True)
     runs = log.drop_duplicates("run").set_index("run")[SETTINGS]
     runs = runs.astype(object).fillna("default")  # a head_std that was not given
-    differs = runs.nunique() > 1
     labels = runs.backbone.copy()
-    for name in runs.columns[differs].drop("backbone", errors="ignore"):
-        labels += ", " + name + " " + runs[name].astype(str)
+    for name in SETTINGS:
+        if name != "backbone" and runs[name].nunique() > 1:
+            labels += f", {name} " + runs[name].astype(str)
     if labels.duplicated().any():
         labels += " (" + labels.index + ")"
     return log.assign(label=log.run.map(labels))
@@ -1170,7 +1177,8 @@ def explain(what):
     try:
         yield
     except Exception as error:
-        sys.exit(f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:300]}).")
+        words = " ".join(str(error).split())[:300].rstrip(".")
+        sys.exit(f"{what} ({type(error).__name__}: {words}).")
 
 
 def complete_arguments(args, subject):
@@ -1242,14 +1250,16 @@ def save_figure(figure, path, step):
 # Experiment
 # ==================================================================================================
 if __name__ == "__main__":
-    defaults = Config(Analysis(), Args(context_length=1))
-    if "--sample" in sys.argv:
-        defaults.training = replace(SAMPLE, context_length=1)
-    config = tyro.cli(tyro.conf.OmitArgPrefixes[Config], default=defaults, description=__doc__)
+    training = replace(SAMPLE if "--sample" in sys.argv else Args(), context_length=1)
+    config = tyro.cli(
+        tyro.conf.OmitArgPrefixes[Config],
+        default=Config(Analysis(), training),
+        description=__doc__,
+    )
     analysis = config.analysis
     args = config.training
     folder = complete_arguments(args, "runs" if analysis.runs else Path(args.backbone).name)
-    folders = list(analysis.runs)
+    folders = list(dict.fromkeys(analysis.runs))  # each once
     if not folders:
         backbone = load_backbone(args)
         # All that could end the script after the training ends it before.
@@ -1258,18 +1268,18 @@ if __name__ == "__main__":
             sys.exit(f"--replace-blocks: --backbone {args.backbone} has blocks 0 to {last_block}.")
         if max(analysis.attention_epochs, default=0) > args.num_epochs:
             sys.exit(f"--attention-epochs: the last is {args.num_epochs} (--num-epochs).")
-        draw_windows(args, analysis.attention_windows, args.seed)
+        draw_windows(args, analysis.attention_windows, args.seed)  # that there are enough
 
         args.save_epochs += analysis.attention_epochs
         if not analysis.replace_blocks:
             train(args, folder, backbone)
             folders.append(folder)
-        for block in analysis.replace_blocks:
-            folders.append(folder / f"block_{block}")
-            # It starts like a random model's name, by which Adam's epsilon is chosen, as in
-            # [experiment.py#L354].
-            mixed_args = replace(args, backbone=f"random with block {block} of {args.backbone}")
-            train(mixed_args, folders[-1], mixed_backbone(args, backbone, block))
+        for number in analysis.replace_blocks:
+            folders.append(folder / f"block_{number}")
+            # train() gives what is called random... Adam's epsilon of random models, as the
+            # released code does here. [experiment.py#L354]
+            mixed_args = replace(args, backbone=f"random with block {number} of {args.backbone}")
+            train(mixed_args, folders[-1], mixed_backbone(args, backbone, number))
     if int(os.environ.get("RANK", 0)) > 0:
         sys.exit()  # under torchrun the first process does the rest
 
@@ -1279,21 +1289,25 @@ if __name__ == "__main__":
     save_figure(plot_learning_curves(log), folder / "learning_curves.png", last_step)
     if analysis.attention_windows > 0:
         tables = []
-        for run in tqdm(folders, desc="attention", unit="run"):
-            tables.append(measure_attention(run, analysis, args))
-        attention = pd.concat(tables).merge(log[["run", "label"]].drop_duplicates())
+        progress = tqdm(folders, desc="attention", unit="run")
+        for run_folder, run, label in zip(progress, log.run.unique(), log.label.unique()):
+            table = measure_attention(run_folder, analysis, args)
+            tables.append(table.assign(run=run, label=label))
+        attention = pd.concat(tables, ignore_index=True)
         attention.to_csv(folder / "attention.csv", index=False)
         save_figure(plot_attention_heads(attention, log), folder / "attention_heads.png", last_step)
         if attention.epoch.nunique() > 1:
             save_figure(
                 plot_attention_gaps(attention, log), folder / "attention_gaps.png", last_step
             )
-        table = attention.pivot_table("distance", ["label", "epoch"], "block", sort=False)
-        print(f"attention distance in tokens\n{table.round(2).to_string(na_rep='-')}\n")
+        distances = attention.pivot_table(
+            values="distance", index=["label", "epoch"], columns="block", sort=False
+        )
+        print(f"attention distance in tokens\n{distances.round(2).to_string(na_rep='-')}\n")
 
+    # The last epoch of each run, and its best score.
     columns = ["score", "return", "loss", "saturated_fraction"]
-    means = log[log.epoch > 0].groupby(["label", "epoch"], sort=False)[columns].mean()
-    runs = means.groupby("label", sort=False)
-    table = runs.last().assign(best_score=runs.score.max())
-    print(table.round(3).to_string(na_rep="-"))
+    epochs = log[log.epoch > 0].groupby(["label", "epoch"], sort=False)[columns].mean()
+    by_run = epochs.groupby("label", sort=False)
+    print(by_run.last().assign(best_score=by_run.score.max()).round(3).to_string(na_rep="-"))
     print(f"{folder}: tables and figures; or: tensorboard --logdir runs")

@@ -855,7 +855,7 @@ def train(args, folder, backbone):
         episodes = pd.DataFrame({"return": returns, "length": lengths, "score": scores})
         log += episodes.assign(epoch=epoch, step=step).to_dict("records")
         frame = pd.DataFrame(log).assign(
-            run=str(folder).split("runs/")[-1],
+            run=str(folder).removeprefix("runs/"),
             env=args.env,
             dataset=args.dataset,
             backbone=args.backbone,

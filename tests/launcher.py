@@ -3,6 +3,7 @@
 What a script needs takes seconds to import, which is most of the time of a short run.
 """
 
+import functools
 import json
 import os
 import runpy
@@ -25,7 +26,10 @@ dt.train(args, folder, dt.load_backbone(args))
 
 
 class Launcher:
-    """`modules` are imported once, and all that is started has the same `environment`."""
+    """`modules` are imported once, and all that is started has the same `environment`.
+
+    Its process ends with the one that made it.
+    """
 
     def __init__(self, *modules, environment=os.environ):
         self.process = subprocess.Popen(
@@ -59,8 +63,8 @@ class Launcher:
         self.start(folder, program, *arguments)
         return self.wait()
 
-    def close(self):
-        self.process.communicate()  # it ends where there is no more to read
+
+shared_launcher = functools.cache(Launcher)  # for files that need nothing special
 
 
 def run(folder, out, err, program, *arguments):

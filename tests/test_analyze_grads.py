@@ -240,6 +240,7 @@ def test_boxes_and_bars_of_windows(tables):
     assert list(label_at.values()) == labels
     for axes in figure.axes[1:]:
         assert axes.get_shared_y_axes().joined(axes, figure.axes[0])
+    assert figure.axes[0].get_xscale() == "log"  # but nothing is computed of logarithms
     drawn = ((windows, "norm"), (windows, "clipped_norm"), (pairs, "cosine"))
     for axes, (table, column) in zip(figure.axes, drawn):
         found = []

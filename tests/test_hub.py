@@ -156,7 +156,6 @@ def shared_hub(repositories, tmp_path_factory):
     modules = [f"transformers.models.{name}" for name in models]
     launcher = Launcher(*modules, environment=environment)
     yield SimpleNamespace(server=server, launcher=launcher, caches=caches)
-    launcher.close()
     server.shutdown()
     server.server_close()
 

@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import assert_one_sentence, load_data, without_progress_bars
-from launcher import TRAIN, Launcher
+from launcher import TRAIN, shared_launcher
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dt_pretrained as dt
@@ -55,9 +55,7 @@ Path.replace = killing(replace)
 
 @pytest.fixture(scope="module")
 def launcher():
-    launcher = Launcher()
-    yield launcher
-    launcher.close()
+    return shared_launcher()
 
 
 @pytest.fixture(scope="module")
@@ -255,11 +253,10 @@ if __name__ == "__main__":
         write = ("write", rng.randint(1, 7))
         moments.append(rng.choice([write, ("time", rng.uniform(0, 1.5))]))
     command = [*COMMAND, "--steps-per-epoch", "100", "--num-epochs", str(2 * count)]
-    launcher = Launcher()
+    launcher = shared_launcher()
     for name in ("alone", "killed"):
         (parent / name).mkdir(parents=True)
         kill_and_go_on(launcher, parent / name, moments if name == "killed" else [], command)
-    launcher.close()
     assert_same(parent / "killed" / "runs" / "whole", parent / "alone" / "runs" / "whole")
     assert_tensorboard_shows_the_log(parent / "killed" / "runs" / "whole")
     print(f"{count} kills: the same")

@@ -1,12 +1,14 @@
-"""Time this repository's way of training and evaluating against the released code's, in one process.
+"""Time training and evaluation of dt_pretrained.py beside other ways, in one process and in turn.
 
-    python tests/tools/benchmark.py --device cpu --size sample     # a minute on two cores
-    python tests/tools/benchmark.py --size small                   # GPT-2 small, wants a GPU
+    python tests/tools/benchmark.py                             # two minutes on two cores
+    python tests/tools/benchmark.py --size small                # GPT-2 small, wants a GPU
+    python tests/tools/benchmark.py --other dt_pretrained.py    # another version of the script
 
-The released way is written out below: transformers' GPT2Model in eager float32, windows cut in Python with the
-return-to-go of the whole rest of the episode recomputed for each, left padding with a mask, a loss read with .item() in
-every step, and one episode at a time in evaluation. The estimators of mutual information of analyze_repr.py are timed
-one at a time, as the released code trains them, and side by side.
+The released way is written out below: transformers' GPT2Model in eager float32, windows cut in
+Python with the return-to-go of the whole rest of the episode recomputed for each, left padding with
+a mask, a loss read with .item() in every step, and one episode at a time in evaluation. The
+estimators of mutual information of analyze_repr.py are timed one at a time, as the released code
+trains them, and side by side.
 """
 
 import os
@@ -15,6 +17,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
 import numpy as np
@@ -22,29 +25,29 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import analyze_repr as ar
-import dt_pretrained as dt
 
 
 @dataclass
 class Args:
-    device: str = "auto"
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """as in dt_pretrained.py"""
     size: Literal["sample", "small"] = "sample"
-    """sample: 4 blocks, 128 wide, 10 episodes; small: GPT-2 small, 100 episodes"""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """of our way; the released way is float32"""
+    """sample: 4 blocks, 128 wide, 20 episodes; small: GPT-2 small, 100 episodes"""
     steps: int | None = None
     """timed training steps of each way; if not given, 10 on a CPU and 50 on a GPU"""
-    eval_steps: int | None = None
-    """time steps of each timed evaluation; if not given, 100 on a CPU and 1000 on a GPU"""
+    train_steps: int = 700
+    """training steps of the trained model that is evaluated"""
+    other: Path | None = None
+    """another version of dt_pretrained.py with the same interface"""
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The released way
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 class ReleasedModel(torch.nn.Module):
     """The Decision Transformer around transformers' GPT2Model, with attention mask and left padding."""
 
@@ -161,123 +164,164 @@ def released_episode(model, args, data, num_steps, seed):
     return t + 1
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Versions of the script
+# --------------------------------------------------------------------------------------------------
+def load_version(path, changes=()):
+    """A version of dt_pretrained.py as a module, with other text at some places."""
+    text = path.read_text()
+    for old, new in changes:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    module = ModuleType(f"{path}{changes}")
+    module.__file__ = str(ROOT / "dt_pretrained.py")  # beside which the sample is
+    sys.modules[module.__name__] = module
+    exec(compile(text, str(path), "exec"), module.__dict__)
+    return module
+
+
+def load_data(module, args):
+    return module.OfflineData(module.load_episodes(args, module.make_env(args, 1)), args)
+
+
+def start_training(module, args):
+    """A model and a function that does one step of the loop in train."""
+    data = load_data(module, args)
+    model = module.make_model(args, module.load_backbone(args), data, 1000).train()
+    trained_model = torch.compile(model, mode="reduce-overhead") if args.compile else model
+    optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, fused=True)
+
+    def step():
+        starts = torch.randint(len(data.states), (args.batch_size,), device=args.device)
+        windows = data.windows(starts, args.context_length)
+        with module.autocast(args):
+            loss, _ = module.training_loss(trained_model, windows)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return model, step
+
+
+# --------------------------------------------------------------------------------------------------
 # Timing
-# ---------------------------------------------------------------------------------------------------------------
-def median_seconds(step, warmup, repeats, device):
-    """Median time of one call, the device's work included."""
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    times = []
+# --------------------------------------------------------------------------------------------------
+def median_seconds(ways, warmup, repeats):
+    """{name: median time of a call}, the device's work included; all take turns."""
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    times = {name: [] for name in ways}
     for _ in range(warmup + repeats):
-        synchronize()
-        start = time.perf_counter()
-        step()
-        synchronize()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times[warmup:]))
+        for name, way in ways.items():
+            synchronize()
+            start = time.perf_counter()
+            way()
+            synchronize()
+            times[name].append(time.perf_counter() - start)
+    return {name: float(np.median(values[warmup:])) for name, values in times.items()}
 
 
-def mine_seconds(device, count, alone, width, passes):
-    """Seconds per estimator of I(state; T): `alone` of them one at a time, `count` side by side."""
-    generator = torch.Generator().manual_seed(0)
-    args = ar.Args(mine_passes=passes)
-    x = torch.randn(1, 2 * args.mine_windows, 17, generator=generator)
-    t = torch.randn(1, 2 * args.mine_windows, width, generator=generator)
-    seconds = []
-    for group, repeats in ((1, alone), (count, 1)):
+def report(what, seconds):
+    """Prints the time of each way, and how many times that of ours, the first, it is."""
+    ours = next(iter(seconds.values()))
+    for name, value in seconds.items():
+        print(f"{what:<46}{name:<16}{value * 1e3:>10.1f} ms{value / ours:>8.2f}×")
+
+
+def compare_training(versions, args, repeats):
+    for K in (20, 1):
+        args.context_length = K
+        ways = {name: start_training(module, args)[1] for name, module in versions.items()}
+        module = versions["ours"]
+        episodes = module.load_episodes(args, module.make_env(args, 1))
+        data = module.OfflineData(episodes, args)
+        block, *others = module.load_backbone(args).blocks
+        shape = (data.states.shape[1], data.actions.shape[1])
+        released = ReleasedModel(block, 1 + len(others), *shape).to(args.device)
+        optimizer = torch.optim.AdamW(released.parameters(), 1e-4)
+        mean, std = data.state_mean.cpu().numpy(), data.state_std.cpu().numpy()
+        inputs = (released, optimizer, episodes, mean, std, args.batch_size, K, args.device)
+        ways["released way"] = partial(released_step, *inputs, np.random.default_rng(0))
+        report(f"training step, K = {K}", median_seconds(ways, 10 if args.compile else 3, repeats))
+        if K == 20:
+            released_seconds = median_seconds(
+                {"released way": partial(released_episode, released.eval(), args, data, 100, 666)},
+                0,
+                1,
+            )
+    return released_seconds["released way"] / 100  # HalfCheetah's episodes do not end
+
+
+def compare_evaluation(versions, args, train_steps):
+    """Ours plays on with the running episodes only; what if it did with all until the last ends?"""
+    all_episodes = [("np.flatnonzero(running)", "np.arange(num_episodes)")]
+    versions = {**versions, "all episodes": load_version(ROOT / "dt_pretrained.py", all_episodes)}
+    env = versions["ours"].make_env(args, args.num_eval_episodes)
+    torch.manual_seed(0)
+    model, step = start_training(versions["ours"], args)
+    for kind in ("untrained", "trained"):
+        ways = {
+            name: partial(module.evaluate, model, env, args) for name, module in versions.items()
+        }
+        _, lengths = ways["ours"]()
+        what = f"Hopper, {kind}, {lengths.min()} to {lengths.max()} steps"
+        report(what, median_seconds(ways, 0, 3))
+        if kind == "untrained":
+            model.train()
+            for _ in range(train_steps):
+                step()
+
+
+def compare_mine(device, count, alone, width, passes):
+    """Estimators of I(state; T): `alone` of them one at a time, `count` side by side."""
+    analysis = ar.Analysis(mine_passes=passes)
+    x = torch.randn(1, 2 * analysis.mine_windows, 17, device=device)
+    t = torch.randn(1, 2 * analysis.mine_windows, width, device=device)
+    seconds = {}
+    for name, group, repeats in (("side by side", count, 1), ("one at a time", 1, alone)):
         many_x, many_t = x.expand(group, -1, -1), t.expand(group, -1, -1)
-        ar.mine(many_x, many_t, replace(args, mine_passes=1), device)  # warm-up
-        started = time.perf_counter()
-        for _ in range(repeats):
-            ar.mine(many_x, many_t, args, device)  # ends with the estimates on the CPU
-        seconds.append((time.perf_counter() - started) / (group * repeats))
-    return seconds
-
-
-def our_step(model, trained_model, optimizer, data, args, window_starts):
-    """The body of the loop in dt_pretrained.train."""
-    windows = data.windows(window_starts, args.context_length)
-    with dt.autocast(args, window_starts.device):
-        loss, _ = dt.training_loss(trained_model, windows)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad()
+        ar.mine(many_x, many_t, replace(analysis, mine_passes=1), seed=0)  # warm-up
+        estimate = partial(ar.mine, many_x, many_t, analysis, seed=0)  # ends with NumPy arrays
+        seconds[name] = median_seconds({name: estimate}, 0, repeats)[name] / group
+    report(f"MINE, one estimator of {count}, {passes} passes", seconds)
 
 
 def main(options):
+    versions = {"ours": load_version(ROOT / "dt_pretrained.py")}
+    if options.other:
+        versions["other version"] = load_version(options.other)
     small = options.size == "small"
-    args = dt.Args(
+    on_gpu = options.device.startswith("cuda")
+    args = versions["ours"].Args(
         backbone="random-gpt2",
         env="HalfCheetah-v5",
         dataset="sample/halfcheetah/medium-v0",
         sample=not small,
         device=options.device,
-        precision=options.precision,
         target_return=6000.0,
-        num_eval_episodes=100 if small else 10,
+        num_eval_episodes=100 if small else 20,
     )
-    device = dt.find_device(args)
-    on_gpu = device.type == "cuda"
+    where = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{where}, {args.precision}")
     repeats = options.steps or (50 if on_gpu else 10)
-    eval_steps = options.eval_steps or (1000 if on_gpu else 100)
-    gpu_or_cpu = f"CPU, {torch.get_num_threads()} threads"
-    if on_gpu:
-        gpu_or_cpu = torch.cuda.get_device_name()
-    rows = []
-
-    started = time.perf_counter()
-    env = dt.make_env(args, args.num_eval_episodes)
-    episodes = dt.load_episodes(args, env)
-    data = dt.OfflineData(episodes, device)
-    load_seconds = time.perf_counter() - started
-    mean, std = data.state_mean.cpu().numpy(), data.state_std.cpu().numpy()
-    backbone = dt.load_backbone(args)
-    block = backbone.blocks[0]
-    shape = (data.states.shape[1], data.actions.shape[1])
-    print(f"{gpu_or_cpu}; {len(backbone.blocks)} blocks, {block.n_embd} wide")
-    print(f"environments and {len(data.states):,} steps of data loaded in {load_seconds:.1f} s")
-
-    torch.manual_seed(0)
-    for K in (20, 1):
-        args.context_length = K
-        released = ReleasedModel(block, len(backbone.blocks), *shape).to(device)
-        optimizer = torch.optim.AdamW(released.parameters(), 1e-4)
-        rng = np.random.default_rng(0)
-        inputs = (released, optimizer, episodes, mean, std, args.batch_size, K, device, rng)
-        theirs = median_seconds(partial(released_step, *inputs), 3, repeats, device)
-        model = dt.make_model(args, backbone, *shape, 1000).to(device).train()
-        trained_model = torch.compile(model, mode="reduce-overhead") if args.compile else model
-        optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
-        starts = torch.randint(len(data.states), (args.batch_size,), device=device)
-        step = partial(our_step, model, trained_model, optimizer, data, args, starts)
-        ours = median_seconds(step, 10 if on_gpu else 3, repeats, device)
-        rows.append((f"training step, K = {K}", theirs * 1e3, ours * 1e3, "ms"))
-        if K == 20:
-            released.eval()
-            started = time.perf_counter()
-            played = released_episode(released, args, data, eval_steps, args.seed)
-            theirs_evaluation = (time.perf_counter() - started) / played
-            evaluated = model
+    released_seconds = compare_training(versions, args, repeats)
 
     args.context_length = 20
-    env.spec.max_episode_steps = eval_steps
-    started = time.perf_counter()
-    _, lengths = dt.evaluate(evaluated, env, data.state_mean, data.state_std, args)
-    ours_evaluation = (time.perf_counter() - started) / lengths.sum()
-    name = "evaluation, one environment step, K = 20"
-    rows.append((name, theirs_evaluation * 1e3, ours_evaluation * 1e3, "ms"))
+    env = versions["ours"].make_env(args, args.num_eval_episodes)
+    env.spec.max_episode_steps = 100
+    model, _ = start_training(versions["ours"], args)
+    seconds = {}
+    for name, module in versions.items():
+        way = {name: partial(module.evaluate, model, env, args)}
+        seconds[name] = median_seconds(way, 0, 1)[name] / (100 * args.num_eval_episodes)
+    report("HalfCheetah, one step of one episode", {**seconds, "released way": released_seconds})
 
+    # As --sample trains, but for the smaller models' batches.
+    changes = {"head_std": 0.02, "dropout": 0.0, "learning_rate": 1e-3, "batch_size": 8}
+    hopper = replace(args, env="Hopper-v5", dataset="sample/hopper/medium-v0", **changes)
+    compare_evaluation(versions, replace(hopper, target_return=3600.0), options.train_steps)
     count, alone, passes = (60, 10, 20) if on_gpu else (12, 3, 5)
-    alone_seconds, together_seconds = mine_seconds(device, count, alone, block.n_embd, passes)
-    name = f"MINE, one estimator of {count}, {passes} passes"
-    rows.append((name, alone_seconds * 1e3, together_seconds * 1e3, "ms"))
-
-    print(f"\n{'median':<42}{'released way':>14}{'ours':>14}{'ratio':>9}")
-    for name, theirs, ours, unit in rows:
-        print(f"{name:<42}{theirs:>11.2f} {unit}{ours:>11.2f} {unit}{theirs / ours:>8.1f}×")
-    seconds = ours_evaluation * args.num_eval_episodes * 1000
-    print(f"{args.num_eval_episodes} episodes of 1,000 steps: {seconds:.0f} s")
+    compare_mine(args.device, count, alone, 768 if small else 128, passes)
 
 
 if __name__ == "__main__":
