@@ -34,6 +34,7 @@ from typing import Literal, NamedTuple
 
 import gymnasium as gym
 import h5py
+import imageio.v3 as imageio
 import minari
 import mujoco
 import numpy as np
@@ -1216,8 +1217,7 @@ def answer(questions, steps, analysis, seed):
 # ==================================================================================================
 # Labels have the same order in all tables, and so the same color in all figures.
 def entitle(figure, title, log):
-    figure.suptitle(f"{title}\n{describe(log)}")
-    figure.subplots_adjust(top=1 - 1.0 / figure.get_figheight())  # an inch for it
+    figure.suptitle(f"{title}\n{describe(log)}", y=1, verticalalignment="bottom")
     return figure
 
 
@@ -1260,9 +1260,9 @@ def plot_heat_maps(grams, token, log, analysis):
     panels += [("after", *labels) for labels in itertools.combinations(grams["after"], 2)]
     num_columns = max(2, len(grams["after"]))
     num_rows = math.ceil(len(panels) / num_columns)
-    figure = Figure(figsize=(4 * num_columns + 1, 4 * num_rows + 1))
-    spaces = {"wspace": 0.25, "hspace": 0.3}
-    grid = figure.subplots(num_rows, num_columns, squeeze=False, gridspec_kw=spaces).flatten()
+    figure = Figure(figsize=(5 * num_columns, 4 * num_rows))
+    figure.subplots_adjust(top=0.95, wspace=0.25, hspace=0.3)
+    grid = figure.subplots(num_rows, num_columns, squeeze=False).flatten()
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     for axes, (when, label_a, label_b) in zip(grid, panels):
@@ -1353,7 +1353,7 @@ def plot_information_in_data(information, log, analysis):
         height=4,
         aspect=2,
     )
-    grid.set_axis_labels("", "information, nats, at each time step")
+    grid.set_axis_labels("each point a time step t of the window", "information, nats")
     return entitle(grid.figure, mine_settings(analysis, information), log)
 
 
@@ -1470,7 +1470,7 @@ def save_figure(figure, path, step):
     """Keep a figure as a PNG and as a TensorBoard image."""
     figure.savefig(path, dpi=120, bbox_inches="tight")
     with SummaryWriter(path.parent) as writer:
-        writer.add_figure(path.stem, figure, step)
+        writer.add_image(path.stem, imageio.imread(path), step, dataformats="HWC")
 
 
 # ==================================================================================================

@@ -1015,7 +1015,7 @@ def save_figure(figure, path, step):
     """Keep a figure as a PNG and as a TensorBoard image."""
     figure.savefig(path, dpi=120, bbox_inches="tight")
     with SummaryWriter(path.parent) as writer:
-        writer.add_figure(path.stem, figure, step)
+        writer.add_image(path.stem, imageio.imread(path), step, dataformats="HWC")
 
 
 # ==================================================================================================

@@ -307,7 +307,7 @@ def test_heat_maps_have_each_cell_at_its_labels(tables):
         assert blocks == ([0, 1, 2] if "igpt" in axes.get_title() else [0, 1])
         assert rows == list(of_run.loc[(slice(None), 0), :].index.get_level_values("set"))
         assert rows[0] == "ln_1.weight" and rows[-1] == "mlp.c_proj.bias"
-        mesh = axes.collections[0]
+        mesh = axes.images[0]
         cells = np.ma.filled(mesh.get_array().reshape(len(rows), len(blocks)), np.nan)
         for y, name in enumerate(rows):
             for x, block in enumerate(blocks):

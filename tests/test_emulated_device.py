@@ -2,58 +2,35 @@
 a float64 fails here as it would on a GPU or on Apple's mps."""
 
 import pytest
-import torch
 from launcher import ROOT, shared_launcher
 
-# Episodes of five steps, since the emulation is slow, and no figures, which are not its matter.
+# Episodes of five steps, since the emulation is slow, and figures that are not really drawn.
 SCRIPT = """
 import runpy, sys
-import gymnasium
+import gymnasium, imageio.v3, numpy
 from emulated_device import EmulatedDevice
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from torch.utils.tensorboard import SummaryWriter
+
+def save_a_dot(figure, path, **options):
+    imageio.v3.imwrite(path, numpy.zeros((1, 1, 3), numpy.uint8))
+
 gymnasium.spec("Hopper-v5").max_episode_steps = 5
-nothing = lambda *args, **options: None
-Figure.savefig = Figure.tight_layout = FigureCanvasAgg.draw = SummaryWriter.add_figure = nothing
+FigureCanvasAgg.draw = Figure.tight_layout = lambda *args, **options: None
+Figure.savefig = save_a_dot
 sys.argv = sys.argv[1:]
 with EmulatedDevice():
     runpy.run_path(sys.argv[0], run_name="__main__")
 """
-SIZE = [
-    "--sample",
-    "--env",
-    "Hopper-v5",
-    "--device",
-    "npy",
-    "--num-epochs",
-    "1",
-    "--batch-size",
-    "2",
-]
-SIZE += ["--steps-per-epoch", "2", "--num-eval-episodes", "1", "--context-length", "2"]
-SIZE += ["--dropout", "0.1", "--run-name", "npy"]
+SIZE = "--sample --env Hopper-v5 --device npy --num-epochs 1 --steps-per-epoch 2 --batch-size 2 "
+SIZE += "--num-eval-episodes 1 --context-length 2 --dropout 0.1"
 OF_SCRIPT = {
-    "dt_pretrained.py": ["--backbone", "random"],
-    "dt_no_context.py": ["--backbone", "random", "--attention-windows", "2"],
-    "analyze_grads.py": [
-        "--backbones",
-        "random",
-        "--norm-windows",
-        "2",
-        "--confusion-windows",
-        "2",
-    ],
-    "analyze_repr.py": ["--backbones", "random", "--cka-windows", "4", "--mine-windows", "10"],
+    "dt_pretrained.py": "--backbone random",
+    "dt_no_context.py": "--backbone random --attention-windows 2",
+    "analyze_grads.py": "--backbones random --norm-windows 2 --confusion-windows 2",
+    "analyze_repr.py": "--backbones random --cka-windows 4 --mine-windows 10 "
+    "--mine-batch-size 5 --mine-passes 1 --mine-steps 1",
 }
-OF_SCRIPT["analyze_repr.py"] += [
-    "--mine-batch-size",
-    "5",
-    "--mine-passes",
-    "1",
-    "--mine-steps",
-    "1",
-]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +40,8 @@ def launcher():
 
 @pytest.mark.parametrize("script", OF_SCRIPT)
 def test_a_script_on_another_device(launcher, tmp_path, script):
-    result = launcher.run(tmp_path, SCRIPT, ROOT / script, *SIZE, *OF_SCRIPT[script])
+    arguments = f"{SIZE} {OF_SCRIPT[script]}".split()
+    result = launcher.run(tmp_path, SCRIPT, ROOT / script, *arguments)
     assert result.status == 0, result.err
 
 

@@ -61,7 +61,7 @@ def test_the_papers_scale(folders):
     low, high = results_table.PAPER_HOPPER
     assert abs(100 * (118.69181341220788 - low) / (high - low) - 2.8712880990132525) < 1e-4
     task = dt_pretrained.TASKS["Hopper"]
-    assert results_table.D4RL_HOPPER == (task.random_return, task.expert_return)
+    assert (task.random_return, task.expert_return) == results_table.D4RL_HOPPER
 
 
 def test_the_papers_image_model_is_igpt_as_gpt2():

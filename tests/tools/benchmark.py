@@ -25,10 +25,11 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import analyze_repr as ar
+
+ROOT = Path(ar.__file__).parent
 
 
 @dataclass

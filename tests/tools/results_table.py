@@ -75,7 +75,10 @@ def read_logs(folders, paper_scale=False):
         if (folder / "log.csv").exists():
             log = pd.read_csv(folder / "log.csv")
             logs.append(
-                log.assign(run=str(folder), backbone=log.backbone.map(lambda x: Path(x).name))
+                log.assign(
+                    run=str(folder).split("runs/")[-1],
+                    backbone=log.backbone.map(lambda x: Path(x).name),
+                )
             )
     log = pd.concat(logs, ignore_index=True)
     if paper_scale:
@@ -167,6 +170,7 @@ def plot_runs(log, title):
     )
     for name, axes in grid.axes_dict.items():
         axes.set(title="", xlabel="training step", ylabel=PANELS[name])
+    grid.tight_layout()
     sns.move_legend(grid, "upper center", bbox_to_anchor=(0.45, 0), ncols=4, title=None)
     grid.figure.suptitle(title, y=1.03)
     return grid.figure
