@@ -152,8 +152,6 @@ SAMPLE = Args(
 # ==================================================================================================
 @dataclass
 class Analysis:
-    """What this script looks at."""
-
     backbones: tuple[str, ...] = ("random", "gpt2", "igpt")
     """starting points to train and compare, each as --backbone takes it, which is not used here"""
     runs: tuple[Path, ...] = ()
@@ -934,6 +932,7 @@ def train(args, folder, backbone):
 # Windows that all models are shown, and what their layers make of them
 # ==================================================================================================
 TOKENS = ("return", "state", "action")  # the three tokens of a time step, in their order
+# In evaluation mode a dropout repeats the layer before it; the paper counts both.
 LAYERS = (
     "ln_1",
     "attn.c_attn",
@@ -957,7 +956,7 @@ def choose_windows(args, analysis, seed):
     ends = data.episode_ends.cpu().numpy()
     starts = np.arange(len(ends))
     starts = starts[starts + args.context_length <= ends]
-    _, episode = np.unique(ends, return_inverse=True)
+    _, episode = np.unique(ends, return_inverse=True)  # the number of each transition's episode
     is_odd = episode[starts] % 2 == 1
     most_for_mine = min(is_odd.sum(), (~is_odd).sum())
     if analysis.cka_windows > len(starts) or analysis.mine_windows > most_for_mine:
@@ -1008,7 +1007,7 @@ def gram_matrix(activation):
     al. 2019. A constant layer has no direction, and so a CKA of nan.
     """
     x = activation.double()
-    x = x - x[0]  # keeps the digits of what differs; CKA does not see a translation
+    x = x - x[0]  # a common offset would cost digits in the product; CKA does not see it
     num_windows = len(x)
     gram = x @ x.T
     # U-centering: off the diagonal, every row and every column then sums to zero.
@@ -1060,10 +1059,10 @@ def cka_table(before, after):
 class StatisticsNetworks(nn.Module):
     """Networks of many estimators: [estimators, batch, features] to [estimators, batch].
 
-    Each is features -> 400 -> 400 -> 400 -> 1 with ReLU, as in the released code; the text of the
-    paper has a layer less. [../mine-pytorch/util_mi_calculation.py#L25]
-    All start from the same weights, drawn as nn.Linear does, and share nothing afterwards: they are
-    only trained side by side.
+    There is one for each time step, and one product computes the layer of all, which is many times
+    faster than one after the other. Each is features -> 400 -> 400 -> 400 -> 1 with ReLU, as in the
+    released code; the text of the paper has a layer less. [../mine-pytorch/util_mi_calculation.py#L25]
+    All start from the same weights, drawn as nn.Linear does, and share nothing afterwards.
     """
 
     def __init__(self, num_estimators, num_features):
@@ -1126,10 +1125,10 @@ def mine(x, t, analysis, seed):
     # The released code reads the estimate off the windows that the network was trained on, which
     # tells how well it memorizes. [../mine-pytorch/mine/models/mine.py#L125]
     estimates = []
-    for first in (num_windows, 0):  # held out, training
-        windows = first + torch.arange(num_windows)
+    for offset in (num_windows, 0):  # held out, training
+        windows = offset + torch.arange(num_windows)
         with torch.no_grad():
-            joint, marginal = statistics(windows, first + torch.randperm(num_windows))
+            joint, marginal = statistics(windows, offset + torch.randperm(num_windows))
         # The Donsker-Varadhan bound E_joint[T] - log E_marginal[exp T].
         log_mean_exp = torch.logsumexp(marginal, dim=1) - math.log(num_windows)
         estimates.append((joint.mean(dim=1) - log_mean_exp).cpu().numpy())
@@ -1146,8 +1145,9 @@ def standardize(values, num_windows):
 # ==================================================================================================
 # Whose information: the paper's questions
 # ==================================================================================================
-# A question is what it asks, x [steps, windows, features] and t [steps, windows, width]. x_t is a
-# token of the data at time step t, T(x_t) a block's output at that token, and K the last step.
+# Questions are generators of (columns of its rows in the table, x, t), with x [steps, windows,
+# features] and t [steps, windows, width]: MINE is to estimate I(x[i]; t[i]) for each step i.
+# x_t is a token of the data at step t, T(x_t) a block's output at that token, K the last step.
 def data_tokens(windows, steps):
     """The tokens of the data at some steps: {token: [steps, windows, features]}."""
     values = (windows.returns_to_go, windows.states, windows.actions)
@@ -1158,8 +1158,8 @@ def questions_about_data(windows, steps):
     """What states and returns say about actions, without any model (App. H.2)."""
     data = data_tokens(windows, steps)
     for token, quantity in (("state", "I(s_t; a_t)"), ("return", "I(R_t; a_t)")):
-        about = {"analysis": "data", "token": token, "quantity": quantity}
-        yield about, data[token], data["action"]
+        columns = {"analysis": "data", "token": token, "quantity": quantity}
+        yield columns, data[token], data["action"]
 
 
 def questions_about_model(model, windows, steps):
@@ -1167,14 +1167,15 @@ def questions_about_model(model, windows, steps):
     data = data_tokens(windows, steps)
     num_blocks = len(model.transformer.h)
     for block in range(num_blocks):
+        # Block by block, as the outputs of all blocks would take gigabytes.
         layer = f"{block}.mlp.dropout"
         output = activations(model, windows, [layer], steps)[layer].to(windows.states.device)
         output = dict(zip(TOKENS, output.permute(2, 1, 0, 3)))  # each [steps, windows, width]
 
         # In the same step, in every block (App. E).
-        about = {"analysis": "same step", "block": block, "token": "state"}
-        yield {**about, "quantity": "I(s_t; T(s_t))"}, data["state"], output["state"]
-        yield {**about, "quantity": "I(a_t; T(s_t))"}, data["action"], output["state"]
+        columns = {"analysis": "same step", "block": block, "token": "state"}
+        yield {**columns, "quantity": "I(s_t; T(s_t))"}, data["state"], output["state"]
+        yield {**columns, "quantity": "I(a_t; T(s_t))"}, data["action"], output["state"]
 
         # With context, in three blocks (Fig. 2).
         if block not in (0, num_blocks // 2, num_blocks - 1):
@@ -1186,9 +1187,9 @@ def questions_about_model(model, windows, steps):
                 continue  # K = 1, where a_K is the only action
             at_last_state = output["state"][-1:].expand(count, -1, -1)
             last_action = data["action"][-1:].expand(count, -1, -1)
-            about = {"analysis": "context", "block": block, "token": token}
-            yield {**about, "quantity": "I(x_t; T(s_K))"}, data[token][:count], at_last_state
-            yield {**about, "quantity": "I(a_K; T(x_t))"}, last_action, output[token][:count]
+            columns = {"analysis": "context", "block": block, "token": token}
+            yield {**columns, "quantity": "I(x_t; T(s_K))"}, data[token][:count], at_last_state
+            yield {**columns, "quantity": "I(a_K; T(x_t))"}, last_action, output[token][:count]
 
 
 def answer(questions, steps, analysis, seed):
@@ -1197,13 +1198,13 @@ def answer(questions, steps, analysis, seed):
     With the windows of x in another order there is nothing to know: what MINE finds is its error.
     """
     tables = []
-    for about, x, t in tqdm(questions, desc="MINE", unit="question"):
-        rng = np.random.default_rng(seed)
+    for columns, x, t in tqdm(questions, desc="MINE", unit="question"):
+        rng = np.random.default_rng(seed)  # the same order for all
         half = x.shape[1] // 2
         order = np.concatenate([rng.permutation(half), half + rng.permutation(half)])
         shuffled = x[-1:, torch.as_tensor(order, device=x.device)]
-        before_last = [step - steps[-1] for step in steps[: len(x)]]  # -19 to 0
-        table = pd.DataFrame({**about, "step": [*before_last, before_last[-1]]})
+        times = [step - steps[-1] for step in steps[: len(x)]]  # -19 to 0
+        table = pd.DataFrame({**columns, "step": [*times, times[-1]]})
         table["shuffled"] = [False] * len(x) + [True]
         x = torch.cat([x, shuffled])
         t = torch.cat([t, t[-1:]])
@@ -1494,7 +1495,7 @@ if __name__ == "__main__":
     config = tyro.cli(tyro.conf.OmitArgPrefixes[Config], default=defaults, description=__doc__)
     analysis = config.analysis
     args = config.training
-    folder = complete_arguments(args, subject="several")
+    folder = complete_arguments(args, subject="study")
 
     run_folders = list(dict.fromkeys(analysis.runs))
     if not run_folders:
@@ -1502,9 +1503,9 @@ if __name__ == "__main__":
         epochs = analysis.epochs or (0, args.num_epochs)
         if max(epochs) > args.num_epochs:
             sys.exit(f"--epochs {max(epochs)} is beyond --num-epochs {args.num_epochs}.")
-        choose_windows(args, analysis, args.seed)
+        choose_windows(args, analysis, args.seed)  # that there are enough
         backbones = {}
-        for name in analysis.backbones:
+        for name in analysis.backbones:  # a wrong name should not cost a training
             backbones[name] = load_backbone(replace(args, backbone=name))
         args = replace(args, save_epochs=(*epochs, *args.save_epochs))
         for name, backbone in backbones.items():
@@ -1521,28 +1522,33 @@ if __name__ == "__main__":
                 f"The runs have {name} {values}, but must see the same windows: take one {name}."
             )
 
+    # The same windows for all models, and time steps of them: evenly spaced, the last among them.
+    _, run_args = load_model(run_folders[0] / "latest.pt", args.device)
+    cka_windows, mine_windows = choose_windows(run_args, analysis, args.seed)
+    K = run_args.context_length
+    steps = sorted({round(step) for step in np.linspace(K - 1, 0, min(analysis.mine_steps, K))})
+
     similarities = []
+    answers = []
     grams = {"before": {}, "after": {}}
-    questions = []
     for run_folder, (run, run_log) in zip(run_folders, log.groupby("run", sort=False)):
         label = run_log.label.iloc[0]
         first, last = analysis.epochs or (0, run_log.epoch.max())
         before, _ = load_model(run_folder / f"epoch_{first}.pt", args.device)
-        after, run_args = load_model(run_folder / f"epoch_{last}.pt", args.device)
-        # The same for all models.
-        cka_windows, mine_windows = choose_windows(run_args, analysis, args.seed)
+        after, _ = load_model(run_folder / f"epoch_{last}.pt", args.device)
         grams["before"][label] = gram_matrices(before, cka_windows)
         grams["after"][label] = gram_matrices(after, cka_windows)
         similarity = cka_table(grams["before"][label], grams["after"][label])
         similarity = similarity.assign(run=run, label=label, epochs=f"{first} and {last}")
         similarities.append(similarity)
-        # Time steps of a window, evenly spaced, the last one among them.
-        K = run_args.context_length
-        steps = sorted({round(step) for step in np.linspace(K - 1, 0, min(analysis.mine_steps, K))})
-        names = {"run": run, "label": label, "epoch": last}
-        questions.append((names, questions_about_model(after, mine_windows, steps)))
-    names = {"run": "data", "label": "data"}
-    questions.append((names, questions_about_data(mine_windows, steps)))
+        if analysis.mine_windows > 0:
+            table = answer(
+                questions_about_model(after, mine_windows, steps), steps, analysis, args.seed
+            )
+            answers.append(table.assign(run=run, label=label, epoch=last))
+    if analysis.mine_windows > 0:
+        table = answer(questions_about_data(mine_windows, steps), steps, analysis, args.seed)
+        answers.append(table.assign(run="data", label="data"))
 
     folder.mkdir(parents=True, exist_ok=True)
     cka = pd.concat(similarities, ignore_index=True)
@@ -1559,16 +1565,16 @@ if __name__ == "__main__":
     print(means.round(3).to_string())
 
     if analysis.mine_windows > 0:
-        answers = []
-        for names, asked in questions:
-            answers.append(answer(asked, steps, analysis, args.seed).assign(**names))
         information = pd.concat(answers, ignore_index=True)
         information = information.astype({"epoch": "Int64", "block": "Int64"})
         information.to_csv(folder / "information.csv", index=False)
-        of_information = (information, log, analysis)
-        figures["information_with_context"] = plot_information_with_context(*of_information)
-        figures["information_of_same_step"] = plot_information_of_same_step(*of_information)
-        figures["information_in_data"] = plot_information_in_data(*of_information)
+        figures["information_with_context"] = plot_information_with_context(
+            information, log, analysis
+        )
+        figures["information_of_same_step"] = plot_information_of_same_step(
+            information, log, analysis
+        )
+        figures["information_in_data"] = plot_information_in_data(information, log, analysis)
         print("Mutual information in nats, mean over blocks, tokens and steps")
         means = information.groupby(["label", "analysis", "quantity", "shuffled"], sort=False)
         means = means[["held_out", "training"]].mean().unstack("shuffled")

@@ -74,13 +74,9 @@ def read_logs(folders, paper_scale=False):
     for folder in folders:
         if (folder / "log.csv").exists():
             log = pd.read_csv(folder / "log.csv")
-            logs.append(
-                log.assign(
-                    run=str(folder).split("runs/")[-1],
-                    backbone=log.backbone.map(lambda x: Path(x).name),
-                )
-            )
+            logs.append(log.assign(run=str(folder).split("runs/")[-1]))
     log = pd.concat(logs, ignore_index=True)
+    log["backbone"] = [Path(name).name for name in log.backbone]
     if paper_scale:
         low, high = PAPER_HOPPER
         hopper = log.env.str.startswith("Hopper-")
