@@ -811,7 +811,7 @@ def train(args, folder, backbone):
 
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        writer = SummaryWriter(folder, purge_step=step + 1, flush_secs=10)
+        writer = SummaryWriter(folder, purge_step=step + 1 if log else 0, flush_secs=10)
         rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
         writer.add_text("hyperparameters", "\n".join(["|argument|value|", "|-|-|", *rows]))
 
@@ -878,7 +878,7 @@ def train(args, folder, backbone):
         episodes = pd.DataFrame({"return": returns, "length": lengths, "score": scores})
         log += episodes.assign(epoch=epoch, step=step).to_dict("records")
         frame = pd.DataFrame(log).assign(
-            run=str(folder).removeprefix("runs/"),
+            run=str(folder).split("runs/")[-1],
             env=args.env,
             dataset=args.dataset,
             backbone=args.backbone,

@@ -824,7 +824,7 @@ def train(args, folder, backbone):
 
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        writer = SummaryWriter(folder, purge_step=step + 1, flush_secs=10)
+        writer = SummaryWriter(folder, purge_step=step + 1 if log else 0, flush_secs=10)
         rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
         writer.add_text("hyperparameters", "\n".join(["|argument|value|", "|-|-|", *rows]))
 
@@ -891,7 +891,7 @@ def train(args, folder, backbone):
         episodes = pd.DataFrame({"return": returns, "length": lengths, "score": scores})
         log += episodes.assign(epoch=epoch, step=step).to_dict("records")
         frame = pd.DataFrame(log).assign(
-            run=str(folder).removeprefix("runs/"),
+            run=str(folder).split("runs/")[-1],
             env=args.env,
             dataset=args.dataset,
             backbone=args.backbone,
@@ -1061,7 +1061,8 @@ class StatisticsNetworks(nn.Module):
 
     There is one for each time step, and one product computes the layer of all, which is many times
     faster than one after the other. Each is features -> 400 -> 400 -> 400 -> 1 with ReLU, as in the
-    released code; the text of the paper has a layer less. [../mine-pytorch/util_mi_calculation.py#L25]
+    released code; the text of the paper has a layer less.
+    [../mine-pytorch/util_mi_calculation.py#L25]
     All start from the same weights, drawn as nn.Linear does, and share nothing afterwards.
     """
 

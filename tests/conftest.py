@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import imageio.v3 as imageio
+import numpy as np
 import pytest
 import torch
 
@@ -64,6 +66,16 @@ def interrupt_handler():
     handler = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, handler)
+
+
+@pytest.fixture
+def figures_as_dots(monkeypatch):
+    """Figures are made but not painted, which takes seconds; a picture of one pixel is saved."""
+
+    def savefig(figure, path, **options):
+        imageio.imwrite(path, np.zeros((1, 1, 3), dtype=np.uint8))
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
 
 
 @pytest.fixture

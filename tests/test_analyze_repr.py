@@ -5,7 +5,6 @@ import math
 import shutil
 from types import SimpleNamespace
 
-import imageio.v3 as imageio
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,7 +13,6 @@ import torch
 import torch.nn as nn
 import transformers
 from conftest import ASSETS, TINY, assert_one_sentence, load_data, make_model, sample_args
-from matplotlib.figure import Figure
 
 import analyze_repr as ar
 
@@ -611,17 +609,7 @@ FIGURES += ["cka_heat_maps_state", "information_in_data", "information_of_same_s
 FIGURES += ["information_with_context"]
 
 
-@pytest.fixture
-def without_drawing(monkeypatch):
-    """Figures are made and not drawn, which would take seconds."""
-
-    def savefig(figure, path, **options):
-        imageio.imwrite(path, np.zeros((2, 2, 3), np.uint8))
-
-    monkeypatch.setattr(Figure, "savefig", savefig)
-
-
-def test_train_and_analyze(run_script, tmp_path, monkeypatch, without_drawing):
+def test_train_and_analyze(run_script, tmp_path, monkeypatch, figures_as_dots):
     """Two checkpoints whose folders have the same last name, and one that is named twice."""
     for name in ("a", "b"):
         shutil.copytree(ASSETS / "text-gpt2", tmp_path / name / "checkpoint-500")
@@ -698,7 +686,7 @@ def test_train_and_analyze(run_script, tmp_path, monkeypatch, without_drawing):
     assert_one_sentence(result, "a_checkpoint-500/epoch_7.pt")
 
 
-def test_without_context_at_the_papers_settings(run_script, tmp_path, without_drawing):
+def test_without_context_at_the_papers_settings(run_script, tmp_path, figures_as_dots):
     size = [*SIZE, "--backbones", "random", "--context-length", "1", "--epochs", "0", "1"]
     size += ["--num-epochs", "2", "--no-standardize", "--mine-estimate", "training"]
     result = run_script(SCRIPT, *size, "--run-name", "a")

@@ -65,7 +65,7 @@ def in_a_tiny_size(command):
     return arguments
 
 
-def test_the_papers_figures_by_the_commands_of_the_page(run_script, tmp_path):
+def test_the_papers_figures_by_the_commands_of_the_page(run_script, figures_as_dots, tmp_path):
     all_commands = commands(tmp_path)
     assert len(all_commands) == 3 * 2 * 12 + 1  # three environments, two seeds
     of_one = [c for c in all_commands if any("Hopper" in word and "666" in word for word in c)]

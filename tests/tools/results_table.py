@@ -4,7 +4,7 @@
     python tests/tools/results_table.py runs/* --readme README.md   # and put between its marks
     python tests/tools/results_table.py runs/ONE runs/ANOTHER --figure runs.png --title "..."
 
-A folder without log.csv is passed over. In the file that --readme names, `<!-- table: scores -->`
+A folder without log.csv, or with no epoch yet, is passed over. In the file that --readme names, `<!-- table: scores -->`
 and `<!-- end -->` enclose the table.
 """
 
