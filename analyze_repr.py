@@ -1486,9 +1486,9 @@ if __name__ == "__main__":
         defaults = Config(
             Analysis(
                 cka_threshold=0.8,
-                mine_windows=1000,
+                mine_windows=600,
                 mine_batch_size=25,
-                mine_passes=4,
+                mine_passes=5,
                 mine_steps=2,
             ),
             SAMPLE,
