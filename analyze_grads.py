@@ -1048,6 +1048,7 @@ def plot_windows(windows, pairs, title):
     sns.barplot(pairs, x="cosine", estimator="min", errorbar=None, ax=panels[3], **style)
     # Only now: seaborn would take logarithms before it computes quartiles and whiskers.
     panels[0].set_xscale("log")
+    panels[0].tick_params("x", which="both", rotation=90)
     for threshold in windows.max_grad_norm.unique():
         if math.isfinite(threshold):
             panels[0].axvline(threshold, color="black", linestyle="--")

@@ -1530,7 +1530,7 @@ if __name__ == "__main__":
     steps = sorted({round(step) for step in np.linspace(K - 1, 0, min(analysis.mine_steps, K))})
 
     similarities = []
-    answers = []
+    models = []
     grams = {"before": {}, "after": {}}
     for run_folder, (run, run_log) in zip(run_folders, log.groupby("run", sort=False)):
         label = run_log.label.iloc[0]
@@ -1542,14 +1542,7 @@ if __name__ == "__main__":
         similarity = cka_table(grams["before"][label], grams["after"][label])
         similarity = similarity.assign(run=run, label=label, epochs=f"{first} and {last}")
         similarities.append(similarity)
-        if analysis.mine_windows > 0:
-            table = answer(
-                questions_about_model(after, mine_windows, steps), steps, analysis, args.seed
-            )
-            answers.append(table.assign(run=run, label=label, epoch=last))
-    if analysis.mine_windows > 0:
-        table = answer(questions_about_data(mine_windows, steps), steps, analysis, args.seed)
-        answers.append(table.assign(run="data", label="data"))
+        models.append((after, {"run": run, "label": label, "epoch": last}))
 
     folder.mkdir(parents=True, exist_ok=True)
     cka = pd.concat(similarities, ignore_index=True)
@@ -1566,6 +1559,13 @@ if __name__ == "__main__":
     print(means.round(3).to_string())
 
     if analysis.mine_windows > 0:
+        answers = []
+        for model, names in models:
+            questions = questions_about_model(model, mine_windows, steps)
+            answers.append(answer(questions, steps, analysis, args.seed).assign(**names))
+        questions = questions_about_data(mine_windows, steps)
+        table = answer(questions, steps, analysis, args.seed)
+        answers.append(table.assign(run="data", label="data"))
         information = pd.concat(answers, ignore_index=True)
         information = information.astype({"epoch": "Int64", "block": "Int64"})
         information.to_csv(folder / "information.csv", index=False)
