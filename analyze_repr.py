@@ -126,7 +126,7 @@ class Args:
     save_epochs: tuple[NonNegativeInt, ...] = (0, 1, 4)
     """epochs whose model is kept, 0 being before training; the last is always kept"""
     capture_video: bool = False
-    """in dt_pretrained.py: record an episode of the best and the last model, best.gif and last.gif"""
+    """record an episode of the best and of the last model (only in dt_pretrained.py)"""
     run_name: str | None = None
     """folder under runs/, by default a new one; the same command with the same name goes on where
     the run stopped"""
