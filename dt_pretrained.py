@@ -928,7 +928,8 @@ def capture_video(checkpoint_path, gif_path, args):
     """Play the first evaluation episode with the model of a checkpoint and keep it as a GIF."""
     if sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")
-    env = make_env(args, 1, render_mode="rgb_array_list", width=240, height=240)
+    options = {"width": 240, "height": 240, "camera_name": "track"}  # the camera follows
+    env = make_env(args, 1, render_mode="rgb_array_list", **options)
     with explain(
         "--capture-video cannot render; without a screen it needs EGL (Debian: libegl1), or "
         "MUJOCO_GL set to a renderer that is there"

@@ -366,6 +366,29 @@ def test_videos(run, tmp_path):
     assert np.abs(pictures[-1] - pictures[0]).max() > 50  # something moves
 
 
+@pytest.mark.parametrize("env_id", ["Hopper-v4", "HalfCheetah-v5", "Walker2d-v5"])
+def test_the_camera_follows(env_id, run, tmp_path, monkeypatch):
+    """Twenty metres further on the robot is still in the picture: it is orange, floor and sky are not."""
+
+    def walk_away(model, env, args):
+        robot = env.envs[0].unwrapped
+        qpos = robot.data.qpos.copy()
+        qpos[0] = 20
+        robot.set_state(qpos, robot.data.qvel)
+        for _ in range(2 * env.metadata["render_fps"] // 25):
+            env.step(np.zeros(env.action_space.shape, dtype=np.float32))
+
+    monkeypatch.setattr(dt, "evaluate", walk_away)
+    try:
+        dt.capture_video(
+            run.folder / "best.pt", tmp_path / "far.gif", dt.replace(run.args, env=env_id)
+        )
+    except SystemExit as end:
+        pytest.skip(end.code)
+    last = imageio.imread(tmp_path / "far.gif")[-1].astype(int)
+    assert (last[..., 0] > last[..., 2] + 50).sum() > 100
+
+
 # --------------------------------------------------------------------------------------------------
 # Mistakes
 # --------------------------------------------------------------------------------------------------
