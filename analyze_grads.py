@@ -126,7 +126,7 @@ class Args:
     save_epochs: tuple[NonNegativeInt, ...] = (0, 1, 4)
     """epochs whose model is kept, 0 being before training; the last is always kept"""
     capture_video: bool = False
-    """record an episode of the best and of the last model (only in dt_pretrained.py)"""
+    """record an episode of the best model (only in dt_pretrained.py)"""
     run_name: str | None = None
     """folder under runs/, by default a new one; the same command with the same name goes on where
     the run stopped"""
@@ -377,11 +377,10 @@ def load_backbone(args):
     if args.backbone in ("random", "random-gpt2"):
         # GPT-2 small's size, or that of the bundled GPT-2.
         num_blocks = 4 if args.sample else 12
-        num_heads = 4 if args.sample else 12
         width = 128 if args.sample else 768
         block = BlockConfig(
             n_embd=width,
-            n_head=num_heads,
+            n_head=num_blocks,  # as many as there are blocks
             n_inner=4 * width,
             activation="gelu_new",
             dropout=args.dropout,
@@ -416,23 +415,21 @@ def read_pretrained(source, dropout):
     import transformers  # here, because it takes seconds and random weights do not need it
 
     transformers.logging.set_verbosity_error()
-    # The configuration first: a Llama is refused before its 14 GB are fetched.
     with explain(
-        f"--backbone {source} cannot be loaded; it takes {', '.join(HUB_IDS)}, random, random-gpt2 "
+        f"--backbone {source} cannot be used; it takes {', '.join(HUB_IDS)}, random, random-gpt2 "
         "or the hub id or folder of a GPT-2 or ImageGPT; --sample needs no network"
     ):
+        # The configuration first: a Llama is refused before its 14 GB are fetched.
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-    if config.model_type not in ("gpt2", "imagegpt"):
-        sys.exit(f"--backbone {source} is a {config.model_type}, not a GPT-2 or ImageGPT.")
-    with explain(f"The weights of --backbone {source} cannot be loaded"):
+        if config.model_type not in ("gpt2", "imagegpt"):
+            raise ValueError(f"it is a {config.model_type}")
         model, report = transformers.AutoModel.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True
         )
-    # transformers would draw them at random.
-    missing = [name for name in report["missing_keys"] if name.startswith(("h.", "ln_f."))]
-    if missing:
-        sys.exit(f"In --backbone {source} these weights are missing: {missing[:3]}.")
-    with explain(f"--backbone {source} does not compute what our blocks do"):
+        # transformers would draw them at random.
+        missing = [name for name in report["missing_keys"] if name.startswith(("h.", "ln_f."))]
+        if missing:
+            raise ValueError(f"weights are missing: {missing[:3]}")
         block = BlockConfig(
             n_embd=config.n_embd,
             n_head=config.n_head,
@@ -459,7 +456,13 @@ def check_outputs(theirs, block):
     theirs.config.is_decoder = True  # without it transformers 5 gives ImageGPT no causal mask
     x = torch.randn(1, 16, block.n_embd)  # [batch, tokens, width]
     expected = theirs(inputs_embeds=x, use_cache=False).last_hidden_state
-    torch.testing.assert_close(theirs.ln_f(ours(x)), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        theirs.ln_f(ours(x)),
+        expected,
+        rtol=1e-3,
+        atol=1e-3,
+        msg="our blocks compute something else",
+    )
 
 
 # ==================================================================================================
@@ -515,11 +518,11 @@ def read_minari(dataset, env_id):
 
     `dataset` is a folder, or an id: bundled with --sample, kept by Minari, or else downloaded.
     """
-    roots = (ASSETS / "minari", Path(), get_dataset_path())
-    folders = [root / dataset / "data" for root in roots]
-    folder = next((folder for folder in folders if folder.is_dir()), folders[-1])
+    root = ASSETS / "minari" if dataset.startswith("sample/") else get_dataset_path()
+    folder = Path(dataset) if Path(dataset).is_dir() else root / dataset
     if not folder.is_dir():
         minari.download_dataset(dataset)
+    folder = folder / "data"
     metadata = json.loads((folder / "metadata.json").read_text())
     # Without these Minari would make the environment that the file names: it would run code.
     if not metadata.get("observation_space") or not metadata.get("action_space"):
@@ -744,11 +747,9 @@ def make_model(args, backbone, data, max_timestep):
     )
     model.state_mean.copy_(data.state_mean)
     model.state_std.copy_(data.state_std)
-    # What `backbone` has, it overwrites. A random one has nothing, igpt-as-gpt2 no biases of the
-    # LayerNorms, and dt_no_context.py makes one that has a single block.
-    weights = model.transformer.state_dict()
-    weights.update(backbone.weights)
-    model.transformer.load_state_dict(weights)
+    # Not strict, as what `backbone` lacks stays as it was drawn: a random one lacks everything,
+    # igpt-as-gpt2 the biases of the LayerNorms, one of dt_no_context.py all blocks but one.
+    model.transformer.load_state_dict(backbone.weights, strict=False)
     if args.head_std is not None:
         # nn.Linear draws this weight for its act_dim inputs, its deviation is 1 / sqrt(3 act_dim).
         # As the action head it has `width` inputs, which the final LayerNorm gives a variance of 1:
@@ -812,8 +813,7 @@ def train(args, folder, backbone):
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         writer = SummaryWriter(folder, purge_step=step + 1 if log else 0, flush_secs=10)
-        rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
-        writer.add_text("hyperparameters", "\n".join(["|argument|value|", "|-|-|", *rows]))
+        writer.add_text("hyperparameters", pd.Series(asdict(args)).to_frame("value").to_html())
 
     for epoch in range(first_epoch, args.num_epochs + 1):  # epoch 0 is the model before training
         num_steps = args.steps_per_epoch if epoch > 0 else 0  # none, it is only evaluated
@@ -1289,9 +1289,8 @@ if __name__ == "__main__":
         for name in analysis.backbones:  # all before any training: a wrong name should cost nothing
             backbones[name] = load_backbone(replace(args, backbone=name))
         for name, backbone in backbones.items():
-            run = folder / name.replace("/", "_")  # not the last part alone: two may end alike
-            train(replace(args, backbone=name), run, backbone)
-            runs.append(run)
+            runs.append(folder / name.replace("/", "_"))
+            train(replace(args, backbone=name), runs[-1], backbone)
     if int(os.environ.get("RANK", 0)) > 0:
         sys.exit()  # under torchrun the first process does the rest
 
@@ -1335,7 +1334,4 @@ if __name__ == "__main__":
     summary["confusion"] = pairs.groupby("label").cosine.min()
     summary["median_relative_distance"] = sets.groupby("label").relative_distance.median()
     print(summary.round(4).to_string())
-    print("\nlargest shares, norm of the set / sum of the norms of all sets of the blocks:")
-    largest = sets.set_index(["block", "set"]).groupby("label", sort=False).share.nlargest(4)
-    print(largest.round(3).to_string())
     print(f"{folder}: windows.csv, pairs.csv, sets.csv, {', '.join(figures)}")

@@ -126,7 +126,7 @@ class Args:
     save_epochs: tuple[NonNegativeInt, ...] = (0, 1, 4)
     """epochs whose model is kept, 0 being before training; the last is always kept"""
     capture_video: bool = False
-    """record an episode of the best and of the last model (only in dt_pretrained.py)"""
+    """record an episode of the best model (only in dt_pretrained.py)"""
     run_name: str | None = None
     """folder under runs/, by default a new one; the same command with the same name goes on where
     the run stopped"""
@@ -390,11 +390,10 @@ def load_backbone(args):
     if args.backbone in ("random", "random-gpt2"):
         # GPT-2 small's size, or that of the bundled GPT-2.
         num_blocks = 4 if args.sample else 12
-        num_heads = 4 if args.sample else 12
         width = 128 if args.sample else 768
         block = BlockConfig(
             n_embd=width,
-            n_head=num_heads,
+            n_head=num_blocks,  # as many as there are blocks
             n_inner=4 * width,
             activation="gelu_new",
             dropout=args.dropout,
@@ -429,23 +428,21 @@ def read_pretrained(source, dropout):
     import transformers  # here, because it takes seconds and random weights do not need it
 
     transformers.logging.set_verbosity_error()
-    # The configuration first: a Llama is refused before its 14 GB are fetched.
     with explain(
-        f"--backbone {source} cannot be loaded; it takes {', '.join(HUB_IDS)}, random, random-gpt2 "
+        f"--backbone {source} cannot be used; it takes {', '.join(HUB_IDS)}, random, random-gpt2 "
         "or the hub id or folder of a GPT-2 or ImageGPT; --sample needs no network"
     ):
+        # The configuration first: a Llama is refused before its 14 GB are fetched.
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-    if config.model_type not in ("gpt2", "imagegpt"):
-        sys.exit(f"--backbone {source} is a {config.model_type}, not a GPT-2 or ImageGPT.")
-    with explain(f"The weights of --backbone {source} cannot be loaded"):
+        if config.model_type not in ("gpt2", "imagegpt"):
+            raise ValueError(f"it is a {config.model_type}")
         model, report = transformers.AutoModel.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True
         )
-    # transformers would draw them at random.
-    missing = [name for name in report["missing_keys"] if name.startswith(("h.", "ln_f."))]
-    if missing:
-        sys.exit(f"In --backbone {source} these weights are missing: {missing[:3]}.")
-    with explain(f"--backbone {source} does not compute what our blocks do"):
+        # transformers would draw them at random.
+        missing = [name for name in report["missing_keys"] if name.startswith(("h.", "ln_f."))]
+        if missing:
+            raise ValueError(f"weights are missing: {missing[:3]}")
         block = BlockConfig(
             n_embd=config.n_embd,
             n_head=config.n_head,
@@ -472,7 +469,13 @@ def check_outputs(theirs, block):
     theirs.config.is_decoder = True  # without it transformers 5 gives ImageGPT no causal mask
     x = torch.randn(1, 16, block.n_embd)  # [batch, tokens, width]
     expected = theirs(inputs_embeds=x, use_cache=False).last_hidden_state
-    torch.testing.assert_close(theirs.ln_f(ours(x)), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        theirs.ln_f(ours(x)),
+        expected,
+        rtol=1e-3,
+        atol=1e-3,
+        msg="our blocks compute something else",
+    )
 
 
 # ==================================================================================================
@@ -528,11 +531,11 @@ def read_minari(dataset, env_id):
 
     `dataset` is a folder, or an id: bundled with --sample, kept by Minari, or else downloaded.
     """
-    roots = (ASSETS / "minari", Path(), get_dataset_path())
-    folders = [root / dataset / "data" for root in roots]
-    folder = next((folder for folder in folders if folder.is_dir()), folders[-1])
+    root = ASSETS / "minari" if dataset.startswith("sample/") else get_dataset_path()
+    folder = Path(dataset) if Path(dataset).is_dir() else root / dataset
     if not folder.is_dir():
         minari.download_dataset(dataset)
+    folder = folder / "data"
     metadata = json.loads((folder / "metadata.json").read_text())
     # Without these Minari would make the environment that the file names: it would run code.
     if not metadata.get("observation_space") or not metadata.get("action_space"):
@@ -757,11 +760,9 @@ def make_model(args, backbone, data, max_timestep):
     )
     model.state_mean.copy_(data.state_mean)
     model.state_std.copy_(data.state_std)
-    # What `backbone` has, it overwrites. A random one has nothing, igpt-as-gpt2 no biases of the
-    # LayerNorms, and dt_no_context.py makes one that has a single block.
-    weights = model.transformer.state_dict()
-    weights.update(backbone.weights)
-    model.transformer.load_state_dict(weights)
+    # Not strict, as what `backbone` lacks stays as it was drawn: a random one lacks everything,
+    # igpt-as-gpt2 the biases of the LayerNorms, one of dt_no_context.py all blocks but one.
+    model.transformer.load_state_dict(backbone.weights, strict=False)
     if args.head_std is not None:
         # nn.Linear draws this weight for its act_dim inputs, its deviation is 1 / sqrt(3 act_dim).
         # As the action head it has `width` inputs, which the final LayerNorm gives a variance of 1:
@@ -825,8 +826,7 @@ def train(args, folder, backbone):
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         writer = SummaryWriter(folder, purge_step=step + 1 if log else 0, flush_secs=10)
-        rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
-        writer.add_text("hyperparameters", "\n".join(["|argument|value|", "|-|-|", *rows]))
+        writer.add_text("hyperparameters", pd.Series(asdict(args)).to_frame("value").to_html())
 
     for epoch in range(first_epoch, args.num_epochs + 1):  # epoch 0 is the model before training
         num_steps = args.steps_per_epoch if epoch > 0 else 0  # none, it is only evaluated
@@ -954,21 +954,18 @@ def choose_windows(args, analysis, seed):
     """
     data = OfflineData(load_episodes(args, make_env(args, 1)), args)
     ends = data.episode_ends.cpu().numpy()
-    starts = np.arange(len(ends))
-    starts = starts[starts + args.context_length <= ends]
     _, episode = np.unique(ends, return_inverse=True)  # the number of each transition's episode
-    is_odd = episode[starts] % 2 == 1
-    most_for_mine = min(is_odd.sum(), (~is_odd).sum())
-    if analysis.cka_windows > len(starts) or analysis.mine_windows > most_for_mine:
-        sys.exit(
-            f"--dataset {args.dataset} has {len(starts)} whole windows of {args.context_length} "
-            f"steps: --cka-windows can be at most {len(starts)}, --mine-windows {most_for_mine}."
-        )
-
+    starts = np.flatnonzero(np.arange(len(ends)) + args.context_length <= ends)
+    even = starts[episode[starts] % 2 == 0]
+    odd = starts[episode[starts] % 2 == 1]
     rng = np.random.default_rng(seed)
-    for_cka = rng.choice(starts, analysis.cka_windows, replace=False)
-    training = rng.choice(starts[~is_odd], analysis.mine_windows, replace=False)
-    held_out = rng.choice(starts[is_odd], analysis.mine_windows, replace=False)
+    with explain(
+        f"--dataset {args.dataset} has {len(starts)} whole windows of {args.context_length} steps: "
+        f"--cka-windows can be at most {len(starts)}, --mine-windows {min(len(even), len(odd))}"
+    ):
+        for_cka = rng.choice(starts, analysis.cka_windows, replace=False)
+        training = rng.choice(even, analysis.mine_windows, replace=False)
+        held_out = rng.choice(odd, analysis.mine_windows, replace=False)
     for_mine = np.concatenate([training, held_out])
     return (
         data.windows(torch.as_tensor(for_cka, device=args.device), args.context_length),
@@ -1167,6 +1164,7 @@ def questions_about_model(model, windows, steps):
     """What blocks know: the paper's I(X;T), of the data, and I(Y;T), of the action to predict."""
     data = data_tokens(windows, steps)
     num_blocks = len(model.transformer.h)
+    of_figure_2 = {0: "shallow", num_blocks // 2: "middle", num_blocks - 1: "deep"}
     for block in range(num_blocks):
         # Block by block, as the outputs of all blocks would take gigabytes.
         layer = f"{block}.mlp.dropout"
@@ -1175,11 +1173,12 @@ def questions_about_model(model, windows, steps):
 
         # In the same step, in every block (App. E).
         columns = {"analysis": "same step", "block": block, "token": "state"}
+        columns["depth"] = (block + 0.5) / num_blocks
         yield {**columns, "quantity": "I(s_t; T(s_t))"}, data["state"], output["state"]
         yield {**columns, "quantity": "I(a_t; T(s_t))"}, data["action"], output["state"]
 
         # With context, in three blocks (Fig. 2).
-        if block not in (0, num_blocks // 2, num_blocks - 1):
+        if block not in of_figure_2:
             continue
         for token in TOKENS:
             # Without a_K as x_t, as in the released code: nothing has seen it but itself.
@@ -1189,6 +1188,7 @@ def questions_about_model(model, windows, steps):
             at_last_state = output["state"][-1:].expand(count, -1, -1)
             last_action = data["action"][-1:].expand(count, -1, -1)
             columns = {"analysis": "context", "block": block, "token": token}
+            columns["place"] = of_figure_2[block]
             yield {**columns, "quantity": "I(x_t; T(s_K))"}, data[token][:count], at_last_state
             yield {**columns, "quantity": "I(a_K; T(x_t))"}, last_action, output[token][:count]
 
@@ -1217,7 +1217,7 @@ def answer(questions, steps, analysis, seed):
 # ==================================================================================================
 # Figures
 # ==================================================================================================
-# Labels have the same order in all tables, and so the same color in all figures.
+# Models have the same order in all tables, and so the same color in all figures.
 def entitle(figure, title, log):
     figure.suptitle(f"{title}\n{describe(log)}", y=1, verticalalignment="bottom")
     return figure
@@ -1246,117 +1246,55 @@ def plot_cka(cka, log, analysis):
     grid.refline(y=analysis.cka_threshold, color="black", linestyle=":")
     grid.set_titles("{col_name} token of the last step")
     grid.set_axis_labels("depth, 0 the first layer, 1 the last", "linear CKA, debiased")
-    epochs = ", ".join(cka.epochs.unique())
-    title = f"Each layer in epochs {epochs}, {analysis.cka_windows} windows"
+    title = f"Each layer before and after, {analysis.cka_windows} windows"
     return entitle(grid.figure, title, log)
 
 
-def plot_heat_maps(grams, token, log, analysis):
-    """CKA of all layers: within each model before and after, and between models after (App. D).
+def plot_heat_maps(grams, pairs, token, log, analysis):
+    """CKA of all layers of one model with all of another, for each of `pairs` (App. D).
 
-    `grams` holds the gram_matrices of models by "before" or "after" and by their labels.
+    `grams` holds the gram_matrices of models by their names.
     """
-    panels = []
-    for when, models in grams.items():
-        panels += [(when, label, label) for label in models]
-    panels += [("after", *labels) for labels in itertools.combinations(grams["after"], 2)]
-    num_columns = max(2, len(grams["after"]))
-    num_rows = math.ceil(len(panels) / num_columns)
-    figure = Figure(figsize=(5 * num_columns, 4 * num_rows))
-    figure.subplots_adjust(top=0.95, wspace=0.25, hspace=0.3)
-    grid = figure.subplots(num_rows, num_columns, squeeze=False).flatten()
-    for axes in grid[len(panels) :]:
-        axes.set_axis_off()
-    for axes, (when, label_a, label_b) in zip(grid, panels):
-        similarity = (grams[when][label_a][token] @ grams[when][label_b][token].T).numpy()
-        blocks_a, blocks_b = np.array(similarity.shape) / len(LAYERS)
-        extent = (0, blocks_b, 0, blocks_a)
-        image = axes.imshow(
-            similarity, vmin=0, vmax=1, origin="lower", extent=extent, aspect="auto"
+    num_rows = math.ceil(len(pairs) / 3)
+    figure = Figure(figsize=(15, 4.5 * num_rows), layout="constrained")
+    for i, (a, b) in enumerate(pairs):
+        cka = (grams[a][token] @ grams[b][token].T).numpy()
+        axes = figure.add_subplot(
+            num_rows, 3, i + 1, xlabel=f"layer of {b}", ylabel=f"layer of {a}"
         )
-        axes.locator_params(integer=True)
-        axes.set(
-            title=f"{when} fine-tuning", xlabel=f"block, {label_b}", ylabel=f"block, {label_a}"
-        )
-    figure.colorbar(image, ax=list(grid), label="linear CKA, debiased", shrink=0.5, pad=0.03)
+        image = axes.imshow(cka, vmin=0, vmax=1, origin="lower", aspect="auto")
+    figure.colorbar(image, ax=figure.axes, label="linear CKA, debiased")
     title = f"All layers at the last {token} token, {analysis.cka_windows} windows"
     return entitle(figure, title, log)
 
 
-def mine_settings(analysis, information):
-    epochs = ", ".join(information.epoch.dropna().astype(str).unique())
-    windows = f"{analysis.mine_windows} {analysis.mine_estimate.replace('_', '-')} windows"
-    return f"Epoch {epochs}; MINE, {analysis.mine_passes} passes, read off {windows}"
-
-
-def plot_information_with_context(information, log, analysis):
-    """What three blocks know of the input and of the label, over the time step (Fig. 2)."""
-    context = information[information.analysis == "context"]
-    # The first, the middle and the last block have other numbers in deeper models.
-    rank = context.groupby("label").block.rank(method="dense")
-    context = context.assign(
-        depth=rank.map({1: "shallow", 2: "middle", 3: "deep"}),
-        token=context.token.mask(context.shuffled, "shuffled"),
-    )
+def plot_information(information, x, log, analysis, **panels):
+    """What MINE has found, over `x`, beside the shuffled controls (Fig. 2, App. E and H.2)."""
+    labels = {
+        "step": "time step t, 0 is the last",
+        "depth": "depth, 0 the first block, 1 the last; bars: deviation over t",
+    }
     grid = sns.relplot(
-        context,
-        x="step",
+        information.assign(token=information.token.mask(information.shuffled, "shuffled")),
+        x=x,
         y=analysis.mine_estimate,
         hue="label",
         style="token",
-        style_order=[*TOKENS, "shuffled"],
-        row="quantity",
-        col="depth",
         kind="line",
-        estimator=None,
-        markers=True,
+        errorbar="sd",
+        err_style="bars",
+        markers={"return": "o", "state": "s", "action": "^", "shuffled": "X"},
         dashes=False,
         palette="colorblind",
         height=3.5,
         facet_kws={"sharey": "row"},
+        **panels,
     )
-    grid.set_titles("{row_name}, {col_name} block")
-    grid.set_axis_labels("time step t, 0 is the last", "information, nats")
-    return entitle(grid.figure, mine_settings(analysis, information), log)
-
-
-def plot_information_of_same_step(information, log, analysis):
-    """What each block's output knows of its step, over the block's depth (App. E)."""
-    same = information[information.analysis == "same step"]
-    num_blocks = same.groupby("label").block.transform("max") + 1
-    grid = sns.relplot(
-        same.assign(depth=(same.block + 0.5) / num_blocks),
-        x="depth",
-        y=analysis.mine_estimate,
-        hue="label",
-        style="shuffled",
-        col="quantity",
-        kind="line",
-        errorbar="sd",
-        err_style="bars",
-        markers=True,
-        palette="colorblind",
-        height=4,
-        facet_kws={"sharey": False},
-    )
-    grid.set_titles("{col_name}, mean and deviation over t")
-    grid.set_axis_labels("depth, 0 the first block, 1 the last", "information, nats")
-    return entitle(grid.figure, mine_settings(analysis, information), log)
-
-
-def plot_information_in_data(information, log, analysis):
-    """What states and returns say about actions, a point for each time step (App. H.2)."""
-    grid = sns.catplot(
-        information[information.analysis == "data"],
-        x="quantity",
-        y=analysis.mine_estimate,
-        hue="shuffled",
-        palette="colorblind",
-        height=4,
-        aspect=2,
-    )
-    grid.set_axis_labels("each point a time step t of the window", "information, nats")
-    return entitle(grid.figure, mine_settings(analysis, information), log)
+    grid.set_titles(row_template="{row_name}", col_template="{col_name}")
+    grid.set_axis_labels(labels[x], "information, nats")
+    windows = f"{analysis.mine_windows} {analysis.mine_estimate.replace('_', '-')} windows"
+    title = f"MINE, {analysis.mine_passes} passes, read off {windows}"
+    return entitle(grid.figure, title, log)
 
 
 # ==================================================================================================
@@ -1498,88 +1436,84 @@ if __name__ == "__main__":
     args = config.training
     folder = complete_arguments(args, subject="study")
 
-    run_folders = list(dict.fromkeys(analysis.runs))
-    if not run_folders:
+    folders = list(dict.fromkeys(analysis.runs))  # each once
+    if not folders:
         # What cannot be trained or analyzed is refused before any training.
         epochs = analysis.epochs or (0, args.num_epochs)
         if max(epochs) > args.num_epochs:
             sys.exit(f"--epochs {max(epochs)} is beyond --num-epochs {args.num_epochs}.")
-        choose_windows(args, analysis, args.seed)  # that there are enough
+        choose_windows(args, analysis, args.seed)
+        args.save_epochs = (*epochs, *args.save_epochs)
         backbones = {}
-        for name in analysis.backbones:  # a wrong name should not cost a training
+        for name in analysis.backbones:
             backbones[name] = load_backbone(replace(args, backbone=name))
-        args = replace(args, save_epochs=(*epochs, *args.save_epochs))
         for name, backbone in backbones.items():
-            run_folders.append(folder / name.replace("/", "_"))
-            train(replace(args, backbone=name), run_folders[-1], backbone)
+            folders.append(folder / name.replace("/", "_"))
+            train(replace(args, backbone=name), folders[-1], backbone)
     if int(os.environ.get("RANK", 0)) > 0:
         sys.exit()  # under torchrun the first process does the rest
 
-    log = read_logs(run_folders)
-    for name in ("env", "dataset", "K"):
-        if log[name].nunique() > 1:
-            values = ", ".join(log[name].astype(str).unique())
-            sys.exit(
-                f"The runs have {name} {values}, but must see the same windows: take one {name}."
-            )
-
+    log = read_logs(folders)
+    mixed = [name for name in ("env", "dataset", "K") if log[name].nunique() > 1]
+    if mixed:
+        sys.exit(f"The runs differ in {', '.join(mixed)}, but must see the same windows.")
     # The same windows for all models, and time steps of them: evenly spaced, the last among them.
-    _, run_args = load_model(run_folders[0] / "latest.pt", args.device)
+    _, run_args = load_model(folders[0] / "latest.pt", args.device)
     cka_windows, mine_windows = choose_windows(run_args, analysis, args.seed)
     K = run_args.context_length
     steps = sorted({round(step) for step in np.linspace(K - 1, 0, min(analysis.mine_steps, K))})
 
-    similarities = []
-    models = []
-    grams = {"before": {}, "after": {}}
-    for run_folder, (run, run_log) in zip(run_folders, log.groupby("run", sort=False)):
-        label = run_log.label.iloc[0]
-        first, last = analysis.epochs or (0, run_log.epoch.max())
+    grams = {}
+    models_after = {}
+    tables = []
+    for run_folder, run, label in zip(folders, log.run.unique(), log.label.unique()):
+        first, last = analysis.epochs or (0, log[log.run == run].epoch.max())
         before, _ = load_model(run_folder / f"epoch_{first}.pt", args.device)
         after, _ = load_model(run_folder / f"epoch_{last}.pt", args.device)
-        grams["before"][label] = gram_matrices(before, cka_windows)
-        grams["after"][label] = gram_matrices(after, cka_windows)
-        similarity = cka_table(grams["before"][label], grams["after"][label])
-        similarity = similarity.assign(run=run, label=label, epochs=f"{first} and {last}")
-        similarities.append(similarity)
-        models.append((after, {"run": run, "label": label, "epoch": last}))
-
+        name_before = f"{label}, epoch {first}"
+        name_after = f"{label}, epoch {last}"
+        models_after[name_after] = after
+        grams[name_before] = gram_matrices(before, cka_windows)
+        grams[name_after] = gram_matrices(after, cka_windows)
+        table = cka_table(grams[name_before], grams[name_after])
+        tables.append(table.assign(run=run, label=f"{label}, epochs {first} and {last}"))
+    cka = pd.concat(tables, ignore_index=True)
     folder.mkdir(parents=True, exist_ok=True)
-    cka = pd.concat(similarities, ignore_index=True)
     cka.to_csv(folder / "cka.csv", index=False)
     figures = {"cka_before_after": plot_cka(cka, log, analysis)}
+    # Each model with itself, and what they are after fine-tuning with one another.
+    pairs = [(name, name) for name in grams]
+    pairs += itertools.combinations(models_after, 2)
     for token in TOKENS:
-        figures[f"cka_heat_maps_{token}"] = plot_heat_maps(grams, token, log, analysis)
-    print(
-        f"CKA before and after, mean over layers, and how many are above {analysis.cka_threshold}"
-    )
+        figures[f"cka_heat_maps_{token}"] = plot_heat_maps(grams, pairs, token, log, analysis)
+    print(f"CKA, mean over layers, and how many layers are above {analysis.cka_threshold}")
     cka["above"] = cka.cka > analysis.cka_threshold
     means = cka.groupby(["label", "token", "kind"], sort=False)
-    means = means.agg({"cka": "mean", "above": "sum"}).unstack("kind")
-    print(means.round(3).to_string())
+    print(means.agg({"cka": "mean", "above": "sum"}).unstack("kind").round(3).to_string())
 
     if analysis.mine_windows > 0:
-        answers = []
-        for model, names in models:
-            questions = questions_about_model(model, mine_windows, steps)
-            answers.append(answer(questions, steps, analysis, args.seed).assign(**names))
         questions = questions_about_data(mine_windows, steps)
-        table = answer(questions, steps, analysis, args.seed)
-        answers.append(table.assign(run="data", label="data"))
-        information = pd.concat(answers, ignore_index=True)
-        information = information.astype({"epoch": "Int64", "block": "Int64"})
+        tables = [answer(questions, steps, analysis, args.seed).assign(run="data", label="data")]
+        for run, label in zip(log.run.unique(), models_after):
+            questions = questions_about_model(models_after[label], mine_windows, steps)
+            table = answer(questions, steps, analysis, args.seed)
+            tables.append(table.assign(run=run, label=label))
+        information = pd.concat(tables, ignore_index=True)
         information.to_csv(folder / "information.csv", index=False)
-        figures["information_with_context"] = plot_information_with_context(
-            information, log, analysis
+        # groupby sorts by name.
+        context, data, same_step = [table for _, table in information.groupby("analysis")]
+        figures["information_with_context"] = plot_information(
+            context, "step", log, analysis, row="quantity", col="place"
         )
-        figures["information_of_same_step"] = plot_information_of_same_step(
-            information, log, analysis
+        figures["information_in_data"] = plot_information(
+            data, "step", log, analysis, col="quantity"
         )
-        figures["information_in_data"] = plot_information_in_data(information, log, analysis)
+        figures["information_of_same_step"] = plot_information(
+            same_step, "depth", log, analysis, col="quantity"
+        )
         print("Mutual information in nats, mean over blocks, tokens and steps")
         means = information.groupby(["label", "analysis", "quantity", "shuffled"], sort=False)
-        means = means[["held_out", "training"]].mean().unstack("shuffled")
-        print(means.round(3).to_string())
+        print(means[["held_out", "training"]].mean().unstack("shuffled").round(3).to_string())
 
     for name, figure in figures.items():
         save_figure(figure, folder / f"{name}.png", log.step.max())

@@ -18,7 +18,6 @@ https://github.com/t46/pre-training-different-modality-offline-rl/blob/200abbe/c
 SPDX-License-Identifier: MIT
 """
 
-import itertools
 import json
 import math
 import os
@@ -38,7 +37,6 @@ from typing import Literal, NamedTuple
 import gymnasium as gym
 import h5py
 import imageio.v3 as imageio
-import matplotlib.pyplot as plt
 import minari
 import mujoco
 import numpy as np
@@ -129,7 +127,7 @@ class Args:
     save_epochs: tuple[NonNegativeInt, ...] = (0, 1, 4)
     """epochs whose model is kept, 0 being before training; the last is always kept"""
     capture_video: bool = False
-    """record an episode of the best and of the last model (only in dt_pretrained.py)"""
+    """record an episode of the best model (only in dt_pretrained.py)"""
     run_name: str | None = None
     """folder under runs/, by default a new one; the same command with the same name goes on where
     the run stopped"""
@@ -380,11 +378,10 @@ def load_backbone(args):
     if args.backbone in ("random", "random-gpt2"):
         # GPT-2 small's size, or that of the bundled GPT-2.
         num_blocks = 4 if args.sample else 12
-        num_heads = 4 if args.sample else 12
         width = 128 if args.sample else 768
         block = BlockConfig(
             n_embd=width,
-            n_head=num_heads,
+            n_head=num_blocks,  # as many as there are blocks
             n_inner=4 * width,
             activation="gelu_new",
             dropout=args.dropout,
@@ -419,23 +416,21 @@ def read_pretrained(source, dropout):
     import transformers  # here, because it takes seconds and random weights do not need it
 
     transformers.logging.set_verbosity_error()
-    # The configuration first: a Llama is refused before its 14 GB are fetched.
     with explain(
-        f"--backbone {source} cannot be loaded; it takes {', '.join(HUB_IDS)}, random, random-gpt2 "
+        f"--backbone {source} cannot be used; it takes {', '.join(HUB_IDS)}, random, random-gpt2 "
         "or the hub id or folder of a GPT-2 or ImageGPT; --sample needs no network"
     ):
+        # The configuration first: a Llama is refused before its 14 GB are fetched.
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-    if config.model_type not in ("gpt2", "imagegpt"):
-        sys.exit(f"--backbone {source} is a {config.model_type}, not a GPT-2 or ImageGPT.")
-    with explain(f"The weights of --backbone {source} cannot be loaded"):
+        if config.model_type not in ("gpt2", "imagegpt"):
+            raise ValueError(f"it is a {config.model_type}")
         model, report = transformers.AutoModel.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True
         )
-    # transformers would draw them at random.
-    missing = [name for name in report["missing_keys"] if name.startswith(("h.", "ln_f."))]
-    if missing:
-        sys.exit(f"In --backbone {source} these weights are missing: {missing[:3]}.")
-    with explain(f"--backbone {source} does not compute what our blocks do"):
+        # transformers would draw them at random.
+        missing = [name for name in report["missing_keys"] if name.startswith(("h.", "ln_f."))]
+        if missing:
+            raise ValueError(f"weights are missing: {missing[:3]}")
         block = BlockConfig(
             n_embd=config.n_embd,
             n_head=config.n_head,
@@ -462,7 +457,13 @@ def check_outputs(theirs, block):
     theirs.config.is_decoder = True  # without it transformers 5 gives ImageGPT no causal mask
     x = torch.randn(1, 16, block.n_embd)  # [batch, tokens, width]
     expected = theirs(inputs_embeds=x, use_cache=False).last_hidden_state
-    torch.testing.assert_close(theirs.ln_f(ours(x)), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        theirs.ln_f(ours(x)),
+        expected,
+        rtol=1e-3,
+        atol=1e-3,
+        msg="our blocks compute something else",
+    )
 
 
 # ==================================================================================================
@@ -518,11 +519,11 @@ def read_minari(dataset, env_id):
 
     `dataset` is a folder, or an id: bundled with --sample, kept by Minari, or else downloaded.
     """
-    roots = (ASSETS / "minari", Path(), get_dataset_path())
-    folders = [root / dataset / "data" for root in roots]
-    folder = next((folder for folder in folders if folder.is_dir()), folders[-1])
+    root = ASSETS / "minari" if dataset.startswith("sample/") else get_dataset_path()
+    folder = Path(dataset) if Path(dataset).is_dir() else root / dataset
     if not folder.is_dir():
         minari.download_dataset(dataset)
+    folder = folder / "data"
     metadata = json.loads((folder / "metadata.json").read_text())
     # Without these Minari would make the environment that the file names: it would run code.
     if not metadata.get("observation_space") or not metadata.get("action_space"):
@@ -747,11 +748,9 @@ def make_model(args, backbone, data, max_timestep):
     )
     model.state_mean.copy_(data.state_mean)
     model.state_std.copy_(data.state_std)
-    # What `backbone` has, it overwrites. A random one has nothing, igpt-as-gpt2 no biases of the
-    # LayerNorms, and dt_no_context.py makes one that has a single block.
-    weights = model.transformer.state_dict()
-    weights.update(backbone.weights)
-    model.transformer.load_state_dict(weights)
+    # Not strict, as what `backbone` lacks stays as it was drawn: a random one lacks everything,
+    # igpt-as-gpt2 the biases of the LayerNorms, one of dt_no_context.py all blocks but one.
+    model.transformer.load_state_dict(backbone.weights, strict=False)
     if args.head_std is not None:
         # nn.Linear draws this weight for its act_dim inputs, its deviation is 1 / sqrt(3 act_dim).
         # As the action head it has `width` inputs, which the final LayerNorm gives a variance of 1:
@@ -815,8 +814,7 @@ def train(args, folder, backbone):
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         writer = SummaryWriter(folder, purge_step=step + 1 if log else 0, flush_secs=10)
-        rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
-        writer.add_text("hyperparameters", "\n".join(["|argument|value|", "|-|-|", *rows]))
+        writer.add_text("hyperparameters", pd.Series(asdict(args)).to_frame("value").to_html())
 
     for epoch in range(first_epoch, args.num_epochs + 1):  # epoch 0 is the model before training
         num_steps = args.steps_per_epoch if epoch > 0 else 0  # none, it is only evaluated
@@ -934,10 +932,8 @@ def mixed_backbone(args, pretrained, block_number):
     # Also block 0. The released code tests `if pretrained_block:`, which is false for 0, and so
     # trains a whole GPT-2 there. [experiment.py#L321]
     blocks[block_number] = pretrained.blocks[block_number]
-    weights = {}
-    for name, weight in pretrained.weights.items():
-        if name.startswith(f"h.{block_number}."):
-            weights[name] = weight
+    prefix = f"h.{block_number}."
+    weights = {n: weight for n, weight in pretrained.weights.items() if n.startswith(prefix)}
     return Backbone(blocks, "layernorm", weights)
 
 
@@ -1108,27 +1104,25 @@ def plot_attention_gaps(attention, log):
 
 
 def plot_attention_heads(attention, log):
-    """Attention distance and weight on the own token of each head, in the first and last epoch."""
-    panels = {"distance": "distance (tokens)", "own_token": "weight on the own token"}
-    means = attention.groupby(["label", "epoch", "block", "head"])[list(panels)].mean()
-    lowest = means.min()
-    highest = means.max()
-    runs = attention.groupby("label", sort=False)
-    figure, grid = plt.subplots(
-        len(runs), 4, figsize=(16, 3 * len(runs)), squeeze=False, layout="constrained"
+    """Attention distance and weight on the own token, a dot for each head (as in Dosovitskiy)."""
+    heads = attention.groupby(["label", "epoch", "block", "head"], sort=False)
+    means = heads[["distance", "own_token"]].mean().reset_index()
+    grid = sns.relplot(
+        means.melt(["label", "epoch", "block", "head"]),
+        x="block",
+        y="value",
+        hue="label",
+        palette=colors_of(log),
+        row="variable",
+        col="epoch",
+        height=3.5,
+        facet_kws={"sharey": "row", "sharex": False},
     )
-    for row, (label, run) in zip(grid, runs):
-        epochs = [run.epoch.iloc[0], run.epoch.iloc[-1]]
-        for axes, (name, epoch) in zip(row, itertools.product(panels, epochs)):
-            heads = means[name].loc[label, epoch].unstack("head")
-            # seaborn's heatmap would draw the whole figure anew for each panel.
-            image = axes.imshow(heads, vmin=lowest[name], vmax=highest[name], aspect="auto")
-            figure.colorbar(image, ax=axes)
-            axes.set(xticks=heads.columns, yticks=heads.index, xlabel="head", ylabel="block")
-            axes.set_title(f"{panels[name]}, epoch {epoch}")
-        row[0].set_ylabel(label.replace(", ", "\n") + "\n\nblock")
-    figure.suptitle(attention_title(attention, log))
-    return figure
+    grid.set_titles("epoch {col_name}")
+    grid.axes[0, 0].set_ylabel("attention distance (tokens)")
+    grid.axes[1, 0].set_ylabel("weight on the own token")
+    grid.figure.suptitle(attention_title(attention, log), y=1, va="bottom")
+    return grid.figure
 
 
 # ==================================================================================================
@@ -1286,8 +1280,7 @@ if __name__ == "__main__":
 
     folder.mkdir(parents=True, exist_ok=True)
     log = read_logs(folders)
-    last_step = log.step.max()
-    save_figure(plot_learning_curves(log), folder / "learning_curves.png", last_step)
+    figures = {"learning_curves": plot_learning_curves(log)}
     if analysis.attention_windows > 0:
         tables = []
         progress = tqdm(folders, desc="attention", unit="run")
@@ -1296,15 +1289,15 @@ if __name__ == "__main__":
             tables.append(table.assign(run=run, label=label))
         attention = pd.concat(tables, ignore_index=True)
         attention.to_csv(folder / "attention.csv", index=False)
-        save_figure(plot_attention_heads(attention, log), folder / "attention_heads.png", last_step)
+        figures["attention_heads"] = plot_attention_heads(attention, log)
         if attention.epoch.nunique() > 1:
-            save_figure(
-                plot_attention_gaps(attention, log), folder / "attention_gaps.png", last_step
-            )
+            figures["attention_gaps"] = plot_attention_gaps(attention, log)
         distances = attention.pivot_table(
             values="distance", index=["label", "epoch"], columns="block", sort=False
         )
         print(f"attention distance in tokens\n{distances.round(2).to_string(na_rep='-')}\n")
+    for name, figure in figures.items():
+        save_figure(figure, folder / f"{name}.png", log.step.max())
 
     # The last epoch of each run, and its best score.
     columns = ["score", "return", "loss", "saturated_fraction"]

@@ -411,7 +411,7 @@ def test_too_few_windows_are_refused_with_numbers_that_work(count, monkeypatch):
     with pytest.raises(SystemExit) as refused:
         ar.choose_windows(sample_args(ar), ar.Analysis(), seed=0)
     said = str(refused.value)
-    assert f"--cka-windows can be at most {even + odd}, --mine-windows {min(even, odd)}." in said
+    assert f"--cka-windows can be at most {even + odd}, --mine-windows {min(even, odd)} " in said
     analysis = ar.Analysis(cka_windows=even + odd, mine_windows=min(even, odd))
     for_cka, for_mine = ar.choose_windows(sample_args(ar), analysis, seed=0)
     assert len(for_cka.valid) == even + odd and len(for_mine.valid) == 2 * min(even, odd)
@@ -463,13 +463,14 @@ def legend_of(figure):
 
 def cka_of_seeds():
     """A table as the experiment makes it, and the Gram matrices."""
-    grams = {"before": {}, "after": {}}
+    grams = {}
     tables = []
     for i, label in enumerate(SEEDS):
-        grams["before"][label], _ = random_grams(9 * BLOCKS[label], seed=2 * i)
-        grams["after"][label], _ = random_grams(9 * BLOCKS[label], seed=2 * i + 1)
-        table = ar.cka_table(grams["before"][label], grams["after"][label])
-        tables.append(table.assign(label=label, epochs="0 and 40"))
+        before, _ = random_grams(9 * BLOCKS[label], seed=2 * i)
+        after, _ = random_grams(9 * BLOCKS[label], seed=2 * i + 1)
+        grams[f"{label}, epoch 0"] = before
+        grams[f"{label}, epoch 40"] = after
+        tables.append(ar.cka_table(before, after).assign(label=label))
     return pd.concat(tables, ignore_index=True), grams
 
 
@@ -485,26 +486,22 @@ def test_figure_of_cka_before_and_after(log):
         assert [length for length in norms if length > 0] == [24, 48, 24]  # 0: of the legend
         dotted = [line for line in axes.get_lines() if line.get_linestyle() == ":"]
         assert len(dotted) == 1 and set(dotted[0].get_ydata()) == {0.23}
-    for words in ("Hopper-v4", "made up", "gpt2", "K 20", "seed 1, 2, 3", "12 windows", "0 and 40"):
+    for words in ("Hopper-v4", "made up", "gpt2", "K 20", "seed 1, 2, 3", "12 windows"):
         assert words in figure.get_suptitle()
 
 
-def test_heat_maps_of_each_model_and_of_pairs(log):
+def test_heat_maps_of_pairs(log):
     _, grams = cka_of_seeds()
-    figure = ar.plot_heat_maps(grams, "state", log, ANALYSIS)
-    panels = [axes for axes in figure.axes if axes.get_images() and axes.get_title()]
-    expected = [("before", label, label) for label in SEEDS]
-    expected += [("after", label, label) for label in SEEDS]
-    expected += [("after", *labels) for labels in itertools.combinations(SEEDS, 2)]
-    for axes, (when, a, b) in zip(panels, expected, strict=True):
-        assert axes.get_title() == f"{when} fine-tuning"
-        assert (axes.get_ylabel(), axes.get_xlabel()) == (f"block, {a}", f"block, {b}")
+    pairs = [(name, name) for name in grams]
+    pairs += [("gpt2, seed 1, epoch 40", "gpt2, seed 2, epoch 40")]
+    figure = ar.plot_heat_maps(grams, pairs, "state", log, ANALYSIS)
+    panels = [axes for axes in figure.axes if axes.get_xlabel()]
+    for axes, (a, b) in zip(panels, pairs, strict=True):
+        assert (axes.get_ylabel(), axes.get_xlabel()) == (f"layer of {a}", f"layer of {b}")
         image = axes.get_images()[0]
-        similarity = grams[when][a]["state"] @ grams[when][b]["state"].T
-        np.testing.assert_allclose(image.get_array(), similarity)
-        # The first layer of the first model is at the bottom left, each block one unit wide.
-        assert image.origin == "lower" and axes.get_xlim() == (0, BLOCKS[b])
-        assert axes.get_ylim() == (0, BLOCKS[a]) and image.get_clim() == (0, 1)
+        np.testing.assert_allclose(image.get_array(), grams[a]["state"] @ grams[b]["state"].T)
+        # The first layer of the first model is at the bottom left.
+        assert image.origin == "lower" and image.get_clim() == (0, 1)
 
 
 def information_of_seeds():
@@ -521,9 +518,11 @@ def information_of_seeds():
         asked = []
         for block in range(num_blocks):
             about = {"analysis": "same step", "token": "state", "block": block}
+            about["depth"] = (block + 0.5) / num_blocks
             asked.append(({**about, "quantity": "I(s_t; T(s_t))"}, x, x))
             asked.append(({**about, "quantity": "I(a_t; T(s_t))"}, x, x))
-            if block not in (0, num_blocks // 2, num_blocks - 1):
+            places = {0: "shallow", num_blocks // 2: "middle", num_blocks - 1: "deep"}
+            if block not in places:
                 continue
             for token, quantity in itertools.product(
                 ar.TOKENS, ("I(x_t; T(s_K))", "I(a_K; T(x_t))")
@@ -532,6 +531,7 @@ def information_of_seeds():
                     "analysis": "context",
                     "token": token,
                     "block": block,
+                    "place": places[block],
                     "quantity": quantity,
                 }
                 count = 2 if token == "action" else 3
@@ -541,39 +541,40 @@ def information_of_seeds():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ar, "mine", made_up)
         for label, asked in questions.items():
-            table = ar.answer(asked, [0, 9, 19], ANALYSIS, seed=0).assign(label=label)
-            tables.append(table.assign(epoch=math.nan if label == "data" else 40))
-    return pd.concat(tables, ignore_index=True).astype({"epoch": "Int64", "block": "Int64"})
+            tables.append(ar.answer(asked, [0, 9, 19], ANALYSIS, seed=0).assign(label=label))
+    return pd.concat(tables, ignore_index=True)
 
 
 def test_figure_of_information_with_context(log):
     information = information_of_seeds()
-    figure = ar.plot_information_with_context(information, log, ANALYSIS)
     context = information[information.analysis == "context"]
-    assert legend_of(figure) == ["label", *SEEDS, "token", *ar.TOKENS, "shuffled"]
+    figure = ar.plot_information(context, "step", log, ANALYSIS, row="quantity", col="place")
+    assert set(legend_of(figure)) == {"label", *SEEDS, "token", *ar.TOKENS, "shuffled"}
     quantities = ("I(x_t; T(s_K))", "I(a_K; T(x_t))")
     blocks = {"shallow": 0, "middle": context.label.map(BLOCKS) // 2}  # 6 of 12, 12 of 24
     blocks["deep"] = context.label.map(BLOCKS) - 1
     panels = itertools.product(quantities, blocks)
-    for axes, (quantity, depth) in zip(figure.axes, panels, strict=True):
-        assert axes.get_title() == f"{quantity}, {depth} block"
-        shown = (context.block == blocks[depth]) & (context.quantity == quantity)
+    for axes, (quantity, place) in zip(figure.axes, panels, strict=True):
+        assert axes.get_title() == f"{quantity} | {place}"
+        shown = (context.block == blocks[place]) & (context.quantity == quantity)
         assert shown.sum() == 3 * (3 + 3 + 2 + 3)  # seeds, steps of three tokens, and shuffled
-        assert_drawn(axes, context[shown], "step", "held_out")
+        rows = context[shown & ~context.shuffled]
+        means = context[shown & context.shuffled].groupby(["label", "step"]).held_out.mean()
+        assert_drawn(axes, pd.concat([rows, means.reset_index()]), "step", "held_out")
     assert figure.axes[0].get_ylabel() == "information, nats"
-    for words in ("Epoch 40", "seed 1, 2, 3", "40 held-out windows"):
+    for words in ("seed 1, 2, 3", "40 held-out windows"):
         assert words in figure.get_suptitle()
 
 
 def test_figure_of_information_of_the_same_step(log):
     information = information_of_seeds()
-    figure = ar.plot_information_of_same_step(information, log, PAPERS)
-    assert legend_of(figure) == ["label", *SEEDS, "shuffled", "False", "True"]
+    same_step = information[information.analysis == "same step"]
+    figure = ar.plot_information(same_step, "depth", log, PAPERS, col="quantity")
+    assert legend_of(figure) == ["label", *SEEDS, "token", "state", "shuffled"]
     assert "40 training windows" in figure.get_suptitle()
     for axes, quantity in zip(figure.axes, ("I(s_t; T(s_t))", "I(a_t; T(s_t))"), strict=True):
-        assert quantity in axes.get_title()
-        rows = (information.analysis == "same step") & (information.quantity == quantity)
-        rows = information[rows]
+        assert axes.get_title() == quantity
+        rows = same_step[same_step.quantity == quantity]
         means = rows.groupby(["label", "block", "shuffled"]).training.mean().reset_index()
         means["depth"] = (means.block + 0.5) / means.label.map(BLOCKS)
         assert_drawn(axes, means, "depth", "training")
@@ -589,16 +590,12 @@ def test_figure_of_information_of_the_same_step(log):
 
 def test_figure_of_information_in_the_data(log):
     information = information_of_seeds()
-    figure = ar.plot_information_in_data(information, log, PAPERS)
-    rows = information[information.analysis == "data"]
-    for shuffled, color in zip((False, True), sns.color_palette("colorblind", 2)):
-        values = []
-        for points in figure.axes[0].collections:
-            drawn_so = (points.get_facecolor()[:, :3] == color).all(axis=1)
-            values += points.get_offsets()[drawn_so, 1].tolist()
-        expected = rows[rows.shuffled == shuffled].training
-        np.testing.assert_allclose(sorted(values), sorted(expected))
-    assert figure.legends[0].get_title().get_text() == "shuffled"
+    data = information[information.analysis == "data"]
+    figure = ar.plot_information(data, "step", log, PAPERS, col="quantity")
+    (axes,) = figure.axes
+    points = drawn(axes, sns.color_palette("colorblind", 1)[0])
+    np.testing.assert_allclose(points, sorted(zip(data.step, data.training)))
+    assert legend_of(figure) == ["label", "data", "token", "state", "shuffled"]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -622,10 +619,11 @@ def test_train_and_analyze(run_script, tmp_path, monkeypatch, figures_as_dots):
     runs = ["study/a_checkpoint-500", "study/b_checkpoint-500"]
     cka = pd.read_csv(folder / "cka.csv")
     assert cka.run.unique().tolist() == runs and len(cka) == 2 * 3 * 36
-    assert cka.label.unique().tolist() == ["a/checkpoint-500", "b/checkpoint-500"]
+    labels = [f"{name}/checkpoint-500, epochs 0 and 1" for name in "ab"]
+    assert cka.label.unique().tolist() == labels
     information = pd.read_csv(folder / "information.csv")
-    assert information.run.unique().tolist() == [*runs, "data"]
-    columns = "run label epoch analysis block token quantity step shuffled held_out training"
+    assert information.run.unique().tolist() == ["data", *runs]
+    columns = "run label analysis block depth place token quantity step shuffled held_out training"
     assert set(information.columns) == set(columns.split())
     assert set(information.step) == {-2, 0}
     assert sorted(path.stem for path in folder.glob("*.png")) == FIGURES
@@ -637,7 +635,7 @@ def test_train_and_analyze(run_script, tmp_path, monkeypatch, figures_as_dots):
     # The closing tables are means of what is in the files.
     means = cka.groupby(["label", "token", "kind"]).cka.mean()
     above = (cka.cka > 0.8).groupby([cka.label, cka.token, cka.kind]).sum()
-    row = ("a/checkpoint-500", "return")
+    row = (labels[0], "return")
     words = [line.split() for line in result.out.splitlines()]
     expected = [
         means[*row, "LayerNorm"],
@@ -645,7 +643,8 @@ def test_train_and_analyze(run_script, tmp_path, monkeypatch, figures_as_dots):
         above[*row, "LayerNorm"],
         above[*row, "other"],
     ]
-    assert [*row, *(f"{value:.3f}" for value in expected[:2]), *map(str, expected[2:])] in words
+    shown = [*(f"{value:.3f}" for value in expected[:2]), *map(str, expected[2:])]
+    assert [*labels[0].split(), "return", *shown] in words
     of_data = information[(information.analysis == "data") & ~information.shuffled]
     mean = of_data[of_data.quantity == "I(R_t; a_t)"].held_out.mean()
     assert any(line[:3] == ["I(R_t;", "a_t)", f"{mean:.3f}"] for line in words)
@@ -658,10 +657,7 @@ def test_train_and_analyze(run_script, tmp_path, monkeypatch, figures_as_dots):
         ar.activations(model, windows, ["2.ln_2"], [2])["2.ln_2"][:, 0, 1] for model, _ in models
     )
     row = (
-        (cka.label == "a/checkpoint-500")
-        & (cka.token == "state")
-        & (cka.block == 2)
-        & (cka.layer == "ln_2")
+        (cka.label == labels[0]) & (cka.token == "state") & (cka.block == 2) & (cka.layer == "ln_2")
     )
     assert (
         abs(cka[row].cka.item() - cka_by_its_formula(x, y)) < 1e-6 and cka[row].cka.item() < 0.999
@@ -692,9 +688,10 @@ def test_without_context_at_the_papers_settings(run_script, tmp_path, figures_as
     result = run_script(SCRIPT, *size, "--run-name", "a")
     assert result.status == 0, result.err
     folder = tmp_path / "runs" / "a"
-    assert set(pd.read_csv(folder / "cka.csv").epochs) == {"0 and 1"}
+    assert set(pd.read_csv(folder / "cka.csv").label) == {"random, epochs 0 and 1"}
     information = pd.read_csv(folder / "information.csv")
-    assert set(information.step) == {0} and set(information.epoch.dropna()) == {1}
+    assert set(information.step) == {0}
+    assert set(information.label) == {"data", "random, epoch 1"}
     assert (folder / "information_with_context.png").exists()
 
 
@@ -720,4 +717,4 @@ def test_runs_that_saw_other_data_are_refused(run_script, tmp_path, log):
         changed = log[log.seed == 1].drop(columns=["run", "label"]).assign(K=K)
         changed.to_csv(tmp_path / "runs" / name / "log.csv")
     result = run_script(SCRIPT, "--sample", "--runs", "runs/a", "runs/b")
-    assert_one_sentence(result, "K 20, 1", "the same windows")
+    assert_one_sentence(result, "differ in K,", "the same windows")

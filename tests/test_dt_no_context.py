@@ -1,5 +1,6 @@
 """`dt_no_context.py`: attention against closed forms and transformers, replaced blocks, figures, runs."""
 
+import itertools
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -267,28 +268,27 @@ def test_boxes(tables):
         assert drawn == {*attention[["label", "block"]].itertuples(index=False, name=None)}
 
 
-def test_heat_maps(tables):
-    """Each cell is the mean of its head, on axes of its own model; one scale for all of a kind."""
+def test_dots_of_heads(tables):
+    """A dot for each head, at its block and at the mean over the windows, in its run's color."""
     log, attention = tables
     figure = dt.plot_attention_heads(attention, log)
-    panels = [axes for axes in figure.axes if axes.get_title()]
-    scales = {}
-    assert len(panels) == 4 * 4
-    for number, axes in enumerate(panels):
-        run = list(RUNS)[number // 4]
-        blocks, heads, _ = RUNS[run]
-        name = ["distance", "own_token"][number % 4 // 2]
-        epoch = [4, 1][number % 2]
-        assert axes.get_title().endswith(f", epoch {epoch}")
-        assert [text.get_text() for text in axes.get_yticklabels()] == [*map(str, range(blocks))]
-        assert [text.get_text() for text in axes.get_xticklabels()] == [*map(str, range(heads))]
-        rows = attention[attention.run.str.endswith(run) & (attention.epoch == epoch)]
-        cells = axes.images[0]
-        for (block, head), group in rows.groupby(["block", "head"]):
-            drawn = cells.get_array()[block, head]
-            np.testing.assert_allclose(drawn, group[name].mean())
-        scales.setdefault(name, set()).add(cells.get_clim())
-    assert [len(limits) for limits in scales.values()] == [1, 1]
+    assert legend_of(figure)[-4:] == list(log.label.unique())
+    assert [axes.get_ylabel() for axes in figure.axes[::3]] == [
+        "attention distance (tokens)",
+        "weight on the own token",
+    ]
+    panels = itertools.product(["distance", "own_token"], [0, 1, 4])
+    for axes, (name, epoch) in zip(figure.axes, panels, strict=True):
+        assert axes.get_title() == f"epoch {epoch}"
+        (dots,) = axes.collections
+        drawn = {}
+        for (block, value), color in zip(dots.get_offsets().data, dots.get_facecolors()):
+            drawn.setdefault(to_rgb(color[:3]), []).append((block, value))
+        for label, color in dt.colors_of(log).items():
+            rows = attention[(attention.label == label) & (attention.epoch == epoch)]
+            means = rows.groupby(["block", "head"])[name].mean().reset_index()
+            expected = sorted(zip(means.block, means[name]))
+            np.testing.assert_allclose(sorted(drawn[to_rgb(color)]), expected)
 
 
 # ---------------------------------------------------------------------------------------------------------------

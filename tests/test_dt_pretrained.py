@@ -462,7 +462,7 @@ def test_without_a_network_as_a_user_sees_it(run, tmp_path, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "module://nothing")
     folder = shutil.copytree(run.folder, tmp_path / "runs" / "a")
     refused = {
-        "--backbone gpt2-medium": "--backbone gpt2-medium cannot be loaded",
+        "--backbone gpt2-medium": "--backbone gpt2-medium cannot be used",
         "--backbone random": "--dataset mujoco/hopper/medium-v0 is no D4RL file and no folder or id",
         "--backbone random --dataset no/such-v0": "--dataset no/such-v0 is no D4RL file",
     }
