@@ -1,7 +1,7 @@
 """Open up the representations: what does fine-tuning leave of them, and what do they know?
 
     python analyze_repr.py --sample                                    # two CPU cores
-    python analyze_repr.py --backbones random gpt2 igpt-as-gpt2        # 40 epochs each, then looks
+    python analyze_repr.py --backbones random gpt2 igpt-as-gpt2        # trains 40 epochs each first
     python analyze_repr.py --runs runs/ONE runs/ANOTHER --epochs 0 40  # finished runs
     python analyze_repr.py --runs runs/ONE --mine-windows 100 --mine-batch-size 50 \\
         --mine-passes 1000 --no-standardize --mine-estimate training   # MINE as the paper ran it
@@ -20,7 +20,7 @@ import json
 import math
 import os
 
-os.environ["MPLBACKEND"] = "agg"  # notebooks set one that need not be there
+os.environ["MPLBACKEND"] = "agg"  # Jupyter and Colab set one that only their kernels have
 import signal
 import sys
 import textwrap
@@ -68,15 +68,15 @@ ASSETS = Path(__file__).resolve().parent / "tests" / "assets"
 class Args:
     # Starting point and data
     backbone: str = "gpt2"
-    """gpt2, igpt, igpt-as-gpt2 (the paper's way of loading ImageGPT), random (the paper's control:
-    one head, ReLU), random-gpt2 (GPT-2's architecture), a hub id or folder; with --sample also
-    markov (trained on a Markov chain's sequences)"""
+    """gpt2, igpt, igpt-as-gpt2 (ImageGPT's weights in GPT-2's blocks, as in the paper), random (the
+    paper's control: one head, ReLU), random-gpt2 (GPT-2's architecture), a hub id or folder; with
+    --sample also markov (trained on a Markov chain's sequences)"""
     env: str = "Hopper-v4"
     """Hopper, HalfCheetah or Walker2d, -v4 or -v5; others need --dataset and --target-return"""
     dataset: str | None = None
-    """Minari id or folder, or D4RL file; by default mujoco/{hopper,halfcheetah,...}/medium-v0"""
+    """Minari id or folder, or D4RL's .hdf5 file; by default mujoco/{hopper,...}/medium-v0"""
     sample: bool = False
-    """bundled data and small backbones, and sizes for two CPU cores where none are given"""
+    """bundled data, small backbones and other defaults (SAMPLE), for two CPU cores"""
 
     # Model
     context_length: PositiveInt = 20
@@ -84,15 +84,14 @@ class Args:
     dropout: float = Field(0.2, ge=0, lt=1)
     """on the residual branches; on attention weights and the backbone's input it is at most 0.1"""
     head_std: PositiveFloat | None = None
-    """standard deviation of the initial weights of the action embedding, which are those of the
-    action head too; None is the paper's, nn.Linear's default, with which the tanh of the actions
-    starts saturated: on Hopper it sees a deviation of 9 (try 0.02)"""
+    """standard deviation of the initial weights that action embedding and action head share (try
+    0.02); None is nn.Linear's default, as in the paper: the head's tanh starts saturated"""
     return_scale: PositiveFloat = 1000
     """returns-to-go are divided by this: take about the size of a return of your data"""
 
     # Optimization
     batch_size: PositiveInt = 64
-    """windows per training step, of all processes together"""
+    """windows of K steps per training step, of all processes together"""
     learning_rate: PositiveFloat = 1e-4
     """of AdamW, after the warm-up"""
     weight_decay: NonNegativeFloat = 1e-4
@@ -122,7 +121,7 @@ class Args:
     )
     """of matrix products; weights are always float32"""
     compile: bool = torch.cuda.is_available()
-    """torch.compile the model"""
+    """torch.compile the model, for a GPU"""
     save_epochs: tuple[NonNegativeInt, ...] = (0, 1, 4)
     """epochs whose model is kept, 0 being before training; the last is always kept"""
     capture_video: bool = False
@@ -153,7 +152,7 @@ SAMPLE = Args(
 @dataclass
 class Analysis:
     backbones: tuple[str, ...] = ("random", "gpt2", "igpt")
-    """starting points to train and compare, each as --backbone takes it, which is not used here"""
+    """starting points to train and compare, by the names that --backbone takes elsewhere"""
     runs: tuple[Path, ...] = ()
     """finished runs of any script to analyze instead of training; of the arguments of training only
     --seed, --device and --run-name count then"""
@@ -170,9 +169,9 @@ class Analysis:
     mine_passes: PositiveInt = 20
     """passes over the training windows; the paper has 1000"""
     mine_steps: PositiveInt = 20
-    """time steps of a window at which information is estimated, evenly spaced, at most all K"""
+    """evenly spaced time steps of a window at which information is estimated"""
     mine_estimate: Literal["held_out", "training"] = "held_out"
-    """windows off which the estimates in figures are read; the paper has training"""
+    """which windows' estimates the figures show; the paper has training"""
     standardize: bool = True
     """show MINE each feature with mean 0 and deviation 1; the paper has not"""
 
@@ -217,7 +216,7 @@ class BlockConfig:
 
 
 class Conv1D(nn.Module):
-    """A linear layer, by the name and with the weight [in, out] that GPT-2's checkpoints have."""
+    """A linear layer whose weight is [in, out], as in GPT-2's checkpoints; transformers' name."""
 
     def __init__(self, n_in, n_out):
         super().__init__()
@@ -234,7 +233,7 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        # The released code has 0.1, whatever the other dropout is. Here 0 switches both off.
+        # The released code always has 0.1; here --dropout 0 switches this off, too.
         # [decision_transformer/models/decision_transformer.py#L44]
         self.attention_dropout = min(0.1, config.dropout)
         self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
@@ -297,17 +296,17 @@ class DecisionTransformer(nn.Module):
     not used: a learned embedding of the time step is all that a token knows about its position.
     """
 
-    def __init__(self, blocks, final_norm, state_dim, act_dim, max_timestep):
+    def __init__(self, configs, final_norm, state_dim, act_dim, max_timestep):
         super().__init__()
-        width = blocks[0].n_embd
+        width = configs[0].n_embd
         self.architecture = {  # what load_model needs to build this model again
-            "blocks": [asdict(block) for block in blocks],
+            "configs": [asdict(config) for config in configs],
             "final_norm": final_norm,
             "state_dim": state_dim,
             "act_dim": act_dim,
             "max_timestep": max_timestep,
         }
-        # Of the data's states, so that a checkpoint can be played without the data.
+        # evaluate normalizes states by these, so that a checkpoint can be played without the data.
         self.register_buffer("state_mean", torch.zeros(state_dim))
         self.register_buffer("state_std", torch.ones(state_dim))
         self.embed_timestep = nn.Embedding(max_timestep, width)
@@ -317,20 +316,20 @@ class DecisionTransformer(nn.Module):
         self.embed_ln = nn.LayerNorm(width)
         self.transformer = nn.ModuleDict(
             {
-                "drop": nn.Dropout(min(0.1, blocks[0].dropout)),
-                "h": nn.ModuleList([Block(config) for config in blocks]),
-                "ln_f": LAYER_NORMS[final_norm](width, eps=blocks[0].epsilon),
+                "drop": nn.Dropout(min(0.1, configs[0].dropout)),
+                "h": nn.ModuleList([Block(config) for config in configs]),
+                "ln_f": LAYER_NORMS[final_norm](width, eps=configs[0].epsilon),
             }
         )
         # The residual branches start small, the more so the more there are, as in GPT-2.
         # [decision_transformer/models/trajectory_gpt2.py#L525]
         for name, weight in self.transformer.h.named_parameters():
             if name.endswith("c_proj.weight"):
-                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * len(blocks)))
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * len(configs)))
 
     def embed(self, returns_to_go, states, actions, timesteps):
         """The tokens R_1 s_1 a_1 R_2 s_2 a_2 ... that enter the first block, [batch, 3K, width]."""
-        # Not in bf16, where returns of 3.600 and 3.601 are the same number.
+        # In float32: in bf16 returns of 3.600 and 3.601 are the same number.
         with torch.autocast(states.device.type, enabled=False):
             return_tokens = self.embed_return(returns_to_go)
             state_tokens = self.embed_state(states)
@@ -355,7 +354,7 @@ class DecisionTransformer(nn.Module):
         x = self.transformer.ln_f(x)
         # The token of s_t predicts a_t: it has seen R_t and s_t, but not a_t itself.
         at_states = x[:, 1::3]  # [batch, K, width]
-        # Not in bf16, where tanh(3.6) is rounded to 1, so that its gradient 1 - tanh² is 0.
+        # In float32: in bf16 tanh(3.6) is rounded to 1, and its gradient 1 - tanh² to 0.
         with torch.autocast(states.device.type, enabled=False):
             # The action head is the embedding's matrix [width, act_dim] again, without a bias:
             # --share_input_output_proj of the released commands.
@@ -380,8 +379,8 @@ BUNDLED = {  # what --sample takes instead, under tests/assets
 
 
 class Backbone(NamedTuple):
-    blocks: list[BlockConfig]
-    final_norm: str
+    configs: list[BlockConfig]  # of its blocks
+    final_norm: str  # the blocks' layer_norm, but where dt_no_context.py replaces one
     weights: dict[str, torch.Tensor]  # by their names under model.transformer; none if random
 
 
@@ -391,31 +390,31 @@ def load_backbone(args):
         # GPT-2 small's size, or that of the bundled GPT-2.
         num_blocks = 4 if args.sample else 12
         width = 128 if args.sample else 768
-        block = BlockConfig(
+        config = BlockConfig(
             n_embd=width,
-            n_head=num_blocks,  # as many as there are blocks
+            n_head=4 if args.sample else 12,
             n_inner=4 * width,
             activation="gelu_new",
             dropout=args.dropout,
         )
         if args.backbone == "random":
             # The paper's control is not GPT-2's architecture. [experiment.py#L469]
-            block = replace(block, n_head=1, activation="relu")
-        return Backbone([block] * num_blocks, "layernorm", weights={})
+            config = replace(config, n_head=1, activation="relu")
+        return Backbone([config] * num_blocks, "layernorm", weights={})
 
     source = HUB_IDS.get(args.backbone, args.backbone)
     if args.sample and args.backbone in BUNDLED:
         source = str(ASSETS / BUNDLED[args.backbone])
-    model, block = read_pretrained(source, args.dropout)
+    model, config = read_pretrained(source, args.dropout)
     if args.backbone == "igpt-as-gpt2":
         # The released code puts ImageGPT's weights into GPT-2's blocks, whose LayerNorm subtracts
         # the mean and adds a bias, new and zero.
         # [decision_transformer/models/decision_transformer.py#L46]
-        block = replace(block, layer_norm="layernorm")
+        config = replace(config, layer_norm="layernorm")
     weights = model.state_dict()
     for name in ("wte.weight", "wpe.weight"):  # word and position embeddings are not used
         del weights[name]
-    return Backbone([block] * len(model.h), block.layer_norm, weights)
+    return Backbone([config] * len(model.h), config.layer_norm, weights)
 
 
 def read_pretrained(source, dropout):
@@ -428,46 +427,46 @@ def read_pretrained(source, dropout):
     import transformers  # here, because it takes seconds and random weights do not need it
 
     transformers.logging.set_verbosity_error()
-    with explain(
+    with exit_on_error(
         f"--backbone {source} cannot be used; it takes {', '.join(HUB_IDS)}, random, random-gpt2 "
         "or the hub id or folder of a GPT-2 or ImageGPT; --sample needs no network"
     ):
         # The configuration first: a Llama is refused before its 14 GB are fetched.
-        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-        if config.model_type not in ("gpt2", "imagegpt"):
-            raise ValueError(f"it is a {config.model_type}")
+        theirs = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if theirs.model_type not in ("gpt2", "imagegpt"):
+            raise ValueError(f"it is a {theirs.model_type}")
         model, report = transformers.AutoModel.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True
         )
-        # transformers would draw them at random.
+        # Missing weights, which transformers would draw at random.
         missing = [name for name in report["missing_keys"] if name.startswith(("h.", "ln_f."))]
         if missing:
             raise ValueError(f"weights are missing: {missing[:3]}")
-        block = BlockConfig(
-            n_embd=config.n_embd,
-            n_head=config.n_head,
-            n_inner=config.n_inner or 4 * config.n_embd,
-            activation=config.activation_function,
-            layer_norm="rmsnorm" if config.model_type == "imagegpt" else "layernorm",
-            epsilon=config.layer_norm_epsilon,
+        config = BlockConfig(
+            n_embd=theirs.n_embd,
+            n_head=theirs.n_head,
+            n_inner=theirs.n_inner or 4 * theirs.n_embd,
+            activation=theirs.activation_function,
+            layer_norm="rmsnorm" if theirs.model_type == "imagegpt" else "layernorm",
+            epsilon=theirs.layer_norm_epsilon,
             dropout=dropout,
         )
-        check_outputs(model, block)
-    return model, block
+        check_outputs(model, config)
+    return model, config
 
 
 @torch.no_grad()
-def check_outputs(theirs, block):
+def check_outputs(theirs, config):
     """Raise if transformers' model and our blocks with its weights differ in what they compute.
 
     This runs on every start from a checkpoint: whatever another GPT-2 does that our blocks do not
     (cross-attention, other scaling, ...) shows here, and so would an error of ours.
     """
-    ours = nn.Sequential(*[Block(block) for _ in theirs.h]).eval()
+    ours = nn.Sequential(*[Block(config) for _ in theirs.h]).eval()
     ours.load_state_dict(theirs.h.state_dict())
-    theirs.wpe.weight.zero_()  # the position embedding, which is not used here
+    theirs.wpe.weight.zero_()  # the position embedding, which load_backbone drops
     theirs.config.is_decoder = True  # without it transformers 5 gives ImageGPT no causal mask
-    x = torch.randn(1, 16, block.n_embd)  # [batch, tokens, width]
+    x = torch.randn(1, 16, config.n_embd)  # [batch, tokens, width]
     expected = theirs(inputs_embeds=x, use_cache=False).last_hidden_state
     torch.testing.assert_close(
         theirs.ln_f(ours(x)),
@@ -488,8 +487,8 @@ class Task(NamedTuple):
     expert_return: float
 
 
-# Minari's medium data were recorded by other policies than D4RL's, which the paper has used: for
-# numbers beside the paper's give --dataset hopper_medium-v2.hdf5.
+# Minari's medium data were recorded by other policies than D4RL's, which the paper has used: to
+# compare with the paper give D4RL's file, as --dataset hopper_medium-v2.hdf5.
 TASKS = {
     "Hopper": Task("mujoco/hopper/medium-v0", 3600, -20.272305, 3234.3),
     "HalfCheetah": Task("mujoco/halfcheetah/medium-v0", 6000, -280.178953, 12135.0),
@@ -522,7 +521,9 @@ def read_d4rl(path):
         # An episode ends where the policy failed, or where the time was up.
         is_last = file["terminals"][()].astype(bool) | file["timeouts"][()].astype(bool)
         ends = np.flatnonzero(is_last) + 1
-        columns = [np.split(file[name][()], ends)[:-1] for name in Episode._fields]
+        columns = []
+        for name in ("observations", "actions", "rewards"):
+            columns.append(np.split(file[name][()], ends)[:-1])
     return [Episode(*column) for column in zip(*columns)]
 
 
@@ -540,9 +541,9 @@ def read_minari(dataset, env_id):
     # Without these Minari would make the environment that the file names: it would run code.
     if not metadata.get("observation_space") or not metadata.get("action_space"):
         sys.exit(f"{folder} does not say what its observations and actions are: it is not opened.")
-    # Minari keeps the name of an environment without the module that it came from.
-    env_id = env_id.split(":")[-1]
-    recorded_in = json.loads(metadata.get("env_spec") or "{}").get("id", env_id).split(":")[-1]
+    env_id = env_id.split(":")[-1]  # Minari keeps it without the module that it came from
+    spec = json.loads(metadata.get("env_spec") or "{}")  # not all data sets have one
+    recorded_in = spec.get("id", env_id)
     if recorded_in.split("-v")[0] != env_id.split("-v")[0]:
         sys.exit(f"{folder} was recorded in {recorded_in}, not in {env_id}.")
     if recorded_in != env_id:  # Hopper and HalfCheetah behave alike in -v4 and -v5, Walker2d not
@@ -561,7 +562,7 @@ def load_episodes(args, env):
     [experiment.py#L172]
     """
     name = f"--dataset {args.dataset}"
-    with explain(
+    with exit_on_error(
         f"{name} is no D4RL file and no folder or id of Minari that can be read; if a download was "
         f"cut, delete its folder under {get_dataset_path()}; --sample needs no network"
     ):
@@ -586,15 +587,15 @@ class OfflineData:
         observations = np.concatenate([episode.observations for episode in episodes])
         actions = np.concatenate([episode.actions for episode in episodes])
         mean = observations.mean(axis=0, dtype=np.float64)
-        std = observations.std(axis=0, dtype=np.float64) + 1e-6  # [experiment.py#L151]
+        std = observations.std(axis=0, dtype=np.float64)
         # What is constant in the data need not be so in the environment: divided by 1e-6, as the
         # released code does, it would be huge. Hopper, HalfCheetah and Walker2d have no such state.
-        std[std < 2e-6] = 1
+        std = np.where(std < 1e-6, 1, std + 1e-6)  # [experiment.py#L151]
         # The return-to-go of a step is the undiscounted sum of its reward and of all later ones.
         rewards = [episode.rewards.astype(np.float64) for episode in episodes]
         returns_to_go = np.concatenate([r[::-1].cumsum()[::-1] for r in rewards])
         timesteps = np.concatenate([np.arange(length) for length in lengths])
-        # For each transition, one past the index of the last one of its episode.
+        # For each transition, where the next episode begins.
         episode_ends = np.repeat(np.cumsum(lengths), lengths)
 
         def float_tensor(values):
@@ -611,7 +612,7 @@ class OfflineData:
     def windows(self, starts, context_length):
         """The Windows of K steps from the transitions `starts` [batch] on, by an index lookup.
 
-        The released code cuts one after the other and sums its return-to-go up anew.
+        The released code cuts window after window and sums each return-to-go anew.
         [experiment.py#L199]
         """
         index = starts[:, None] + torch.arange(context_length, device=starts.device)  # [batch, K]
@@ -629,7 +630,8 @@ class OfflineData:
 # ==================================================================================================
 # Evaluation
 # ==================================================================================================
-# The paper used -v3, which gymnasium no longer has; -v4 is its successor. [experiment.py#L99]
+# The paper used -v3. gymnasium has -v4, its successor, and warns that it is out of date.
+# [experiment.py#L99]
 warnings.filterwarnings("ignore", message=".*is out of date.*")
 
 
@@ -644,15 +646,15 @@ mujoco.set_mju_user_warning(warn_of_mujoco)
 
 def make_env(args, num_copies, **options):
     """A gymnasium vector environment of `num_copies` copies of `args.env`."""
-    with explain(f"--env {args.env} cannot be made"):
+    with exit_on_error(f"--env {args.env} cannot be made"):
         # In one process: a step of MuJoCo takes less time than to pass it to another.
         env = gym.make_vec(args.env, num_copies, vectorization_mode="sync", **options)
     states = env.single_observation_space
     actions = env.single_action_space
     if not isinstance(states, gym.spaces.Box) or len(states.shape) != 1:
-        sys.exit(f"{args.env} has observations {states}; the model's are vectors.")
+        sys.exit(f"{args.env} has observations {states}; the model takes vectors.")
     if actions != gym.spaces.Box(-1, 1, actions.shape, actions.dtype):
-        sys.exit(f"{args.env} has actions {actions}; the model's are continuous, from -1 to 1.")
+        sys.exit(f"{args.env} has actions {actions}; the model's are vectors from -1 to 1.")
     return env
 
 
@@ -668,17 +670,17 @@ def evaluate(model, env, args):
 
     Returns the undiscounted returns and the lengths of the episodes, both [episodes]. The model is
     asked for `args.target_return`, which then falls by each reward, and sees the last K steps.
-    The released code plays one episode at a time, and others in each evaluation.
+    The released code plays one episode at a time, and different ones in each evaluation.
     [decision_transformer/evaluation/evaluate_episodes.py#L112]
     """
     model.eval()
     num_episodes = env.num_envs
     horizon = env.spec.max_episode_steps or 1000
 
-    # What the model has seen and done, filled in step by step; a_t is 0 until it is predicted.
     def zeros(*shape):
         return torch.zeros(num_episodes, horizon, *shape, device=args.device)
 
+    # What the model has seen and done, filled in step by step; a_t is 0 until it is predicted.
     returns_to_go = zeros(1)
     states = zeros(*env.single_observation_space.shape)
     actions = zeros(*env.single_action_space.shape)
@@ -691,10 +693,11 @@ def evaluate(model, env, args):
     for t in tqdm(range(horizon), desc="evaluation", unit="step", leave=False):
         observations = torch.as_tensor(np.float32(observations), device=args.device)
         states[:, t] = (observations - model.state_mean) / model.state_std
-        # What has been received need not be asked for again.
+        # The return that is still to come.
         to_go = (args.target_return - episode_returns) / args.return_scale
         returns_to_go[:, t, 0] = torch.as_tensor(np.float32(to_go), device=args.device)
-        rows = torch.as_tensor(np.flatnonzero(running), device=args.device)  # saves time
+        # Only episodes that go on are predicted, which saves time.
+        rows = torch.as_tensor(np.flatnonzero(running), device=args.device)
         context = slice(max(0, t - args.context_length + 1), t + 1)
         with autocast(args):
             predicted = model(
@@ -731,12 +734,14 @@ def normalized_score(env_id, episode_return):
 # ==================================================================================================
 # Training
 # ==================================================================================================
-METRICS = ("loss", "saturated_fraction", "grad_norm", "clipped_fraction")  # of each training step
+# Of each training step, in the order in which train collects them.
+METRICS = ("loss", "saturated_fraction", "grad_norm", "clipped_fraction")
 
 
 def training_loss(model, windows):
-    """Mean squared error of the actions, and the share of them beyond ±0.99, where tanh is flat.
+    """Mean squared error of the actions, and the share of predicted ones beyond ±0.99.
 
+    There tanh is flat, so that hardly any gradient passes.
     Both are means over the valid steps and the action dimensions.
     """
     predicted = model(windows.returns_to_go, windows.states, windows.actions, windows.timesteps)
@@ -752,7 +757,7 @@ def make_model(args, backbone, data, max_timestep):
     """The Decision Transformer before fine-tuning: `backbone`, and the rest drawn from the seed."""
     torch.manual_seed(args.seed)
     model = DecisionTransformer(
-        backbone.blocks,
+        backbone.configs,
         backbone.final_norm,
         state_dim=data.states.shape[1],
         act_dim=data.actions.shape[1],
@@ -781,8 +786,6 @@ def train(args, folder, backbone):
     rank = int(os.environ.get("RANK", 0))
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     if num_processes > 1 and not torch.distributed.is_initialized():
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # The others wait while the first process evaluates.
         torch.distributed.init_process_group(timeout=timedelta(hours=12))
 
@@ -795,7 +798,8 @@ def train(args, folder, backbone):
         model.parameters(),
         lr=args.learning_rate,
         weight_decay=args.weight_decay,
-        # Two, as the released code takes one library's optimizer or the other's. [utils.py#L60]
+        # The released code takes transformers' AdamW for pre-trained weights, else torch's, with
+        # their defaults. [utils.py#L60]
         eps=1e-8 if args.backbone.startswith("random") else 1e-6,
         fused=True,
     )
@@ -814,7 +818,7 @@ def train(args, folder, backbone):
         log = checkpoint["log"]
         print(f"{folder} goes on after epoch {checkpoint['epoch']}.")
 
-    # The same parameters, as training uses them: compiled for a GPU, or shared by processes.
+    # The same parameters, as training uses them: compiled for a GPU, shared by processes.
     training_model = model
     if args.compile:
         training_model = torch.compile(training_model, mode="reduce-overhead")  # CUDA graphs
@@ -825,6 +829,7 @@ def train(args, folder, backbone):
 
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
+        # What a run that was killed has logged after its checkpoint is purged.
         writer = SummaryWriter(folder, purge_step=step + 1 if log else 0, flush_secs=10)
         writer.add_text("hyperparameters", pd.Series(asdict(args)).to_frame("value").to_html())
 
@@ -850,7 +855,7 @@ def train(args, folder, backbone):
             unit="step",
             disable=rank > 0 or epoch == 0,
         )
-        for i, window_starts in enumerate(progress):
+        for i, window_starts in enumerate(progress, start=1):
             # The learning rate rises linearly, then stays. [experiment.py#L400]
             learning_rate = args.learning_rate * min((step + 1) / max(1, args.warmup_steps), 1)
             for group in optimizer.param_groups:
@@ -860,18 +865,20 @@ def train(args, folder, backbone):
             with autocast(args):
                 loss, saturated_fraction = training_loss(training_model, windows)
             loss.backward()
-            # Here the gradient is clipped. Taken as one vector over all parameters, it is shortened
-            # to max_grad_norm if it is longer; its direction stays. The norm returned is the one
+            # Here the gradient is clipped: as one vector over all parameters, it is shortened to
+            # max_grad_norm if it is longer; its direction stays. The norm returned is the one
             # before that. [decision_transformer/training/seq_trainer.py#L84]
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             step += 1
 
+            if rank > 0:
+                continue  # the first process reports, of its own windows
             # Metrics stay on the device; to read them here would wait for it in every step.
             clipped = (grad_norm > args.max_grad_norm).float()
             metrics.append(torch.stack([loss.detach(), saturated_fraction, grad_norm, clipped]))
-            if rank == 0 and ((i + 1) % log_interval == 0 or i + 1 == num_steps):
+            if i % log_interval == 0 or i == num_steps:
                 means = dict(zip(METRICS, torch.stack(metrics).mean(dim=0).tolist()))
                 metrics = []
                 if not math.isfinite(means["loss"]):
@@ -916,7 +923,7 @@ def train(args, folder, backbone):
         }
         if epoch in args.save_epochs or epoch == args.num_epochs:
             torch.save(checkpoint, folder / f"epoch_{epoch}.pt")
-        # The best of 40 noisy evaluations flatters, but it is what the paper reports.
+        # The best of 40 noisy evaluations is biased upwards, but it is what the paper reports.
         mean_returns = frame[frame.epoch > 0].groupby("epoch")["return"].mean()
         if epoch > 0 and mean_returns.idxmax() == epoch:
             torch.save(checkpoint, folder / "best.pt")
@@ -946,21 +953,21 @@ LAYERS = (
 )
 
 
-def choose_windows(args, analysis, seed):
+def choose_windows(run_args, analysis, seed):
     """Whole windows at random from the data of a run: Windows for CKA, and Windows for MINE.
 
     The latter are `mine_windows` to train on, from even episodes, and then as many held-out ones,
     from odd episodes: windows of one episode overlap.
     """
-    data = OfflineData(load_episodes(args, make_env(args, 1)), args)
+    data = OfflineData(load_episodes(run_args, make_env(run_args, 1)), run_args)
     ends = data.episode_ends.cpu().numpy()
     _, episode = np.unique(ends, return_inverse=True)  # the number of each transition's episode
-    starts = np.flatnonzero(np.arange(len(ends)) + args.context_length <= ends)
+    starts = np.flatnonzero(np.arange(len(ends)) + run_args.context_length <= ends)
     even = starts[episode[starts] % 2 == 0]
     odd = starts[episode[starts] % 2 == 1]
     rng = np.random.default_rng(seed)
-    with explain(
-        f"--dataset {args.dataset} has {len(starts)} whole windows of {args.context_length} steps: "
+    with exit_on_error(
+        f"{run_args.dataset} has {len(starts)} whole windows of {run_args.context_length} steps: "
         f"--cka-windows can be at most {len(starts)}, --mine-windows {min(len(even), len(odd))}"
     ):
         for_cka = rng.choice(starts, analysis.cka_windows, replace=False)
@@ -968,14 +975,17 @@ def choose_windows(args, analysis, seed):
         held_out = rng.choice(odd, analysis.mine_windows, replace=False)
     for_mine = np.concatenate([training, held_out])
     return (
-        data.windows(torch.as_tensor(for_cka, device=args.device), args.context_length),
-        data.windows(torch.as_tensor(for_mine, device=args.device), args.context_length),
+        data.windows(torch.as_tensor(for_cka, device=run_args.device), run_args.context_length),
+        data.windows(torch.as_tensor(for_mine, device=run_args.device), run_args.context_length),
     )
 
 
 @torch.no_grad()
 def activations(model, windows, layers, steps, chunk_size=250):
-    """Outputs of some layers at some of the K steps: {layer: [windows, steps, 3 tokens, width]}."""
+    """Outputs of some layers at some of the K steps: {layer: [windows, steps, 3 tokens, width]}.
+
+    Layers are named below transformer.h, as "0.mlp.act".
+    """
     chunks = {layer: [] for layer in layers}
     layer_of_module = {model.transformer.h.get_submodule(layer): layer for layer in layers}
 
@@ -985,8 +995,8 @@ def activations(model, windows, layers, steps, chunk_size=250):
 
     # PyTorch calls a forward hook each time that its module has computed something.
     hooks = [module.register_forward_hook(keep_output) for module in layer_of_module]
-    for inputs in zip(*(column.split(chunk_size) for column in windows)):
-        returns_to_go, states, actions, timesteps, _ = inputs
+    columns = [column.split(chunk_size) for column in windows]
+    for returns_to_go, states, actions, timesteps, _ in zip(*columns):
         model(returns_to_go, states, actions, timesteps)
     for hook in hooks:
         hook.remove()
@@ -997,14 +1007,14 @@ def activations(model, windows, layers, steps, chunk_size=250):
 # CKA: how similar two layers represent the same windows (section 5.1)
 # ==================================================================================================
 def gram_matrix(activation):
-    """Gram matrix of [windows, width], U-centered and of length 1, as a vector [windows²].
+    """Gram matrix of [windows, width], U-centered, of norm 1, flattened to [windows²].
 
     After U-centering (Székely and Rizzo 2014) the inner product of two Gram matrices is an unbiased
     estimate of HSIC, up to a factor that CKA does not see: the debiased estimator of Kornblith et
     al. 2019. A constant layer has no direction, and so a CKA of nan.
     """
     x = activation.double()
-    x = x - x[0]  # a common offset would cost digits in the product; CKA does not see it
+    x = x - x[0]  # exactly 0 for a constant layer; CKA does not see an offset
     num_windows = len(x)
     gram = x @ x.T
     # U-centering: off the diagonal, every row and every column then sums to zero.
@@ -1032,11 +1042,12 @@ def gram_matrices(model, windows):
 
 
 def cka_table(before, after):
-    """CKA of each layer before fine-tuning with itself after: a row for each layer and token.
+    """CKA of each layer before fine-tuning with itself after, from the two models' gram_matrices.
 
-    A layer's depth is between 0 and 1, so that models of 12 and of 24 blocks are drawn side by
-    side. The released code averages neighboring layers of the deeper one, a LayerNorm with a
-    projection. [analysis/section-51-activation-similarity/plot_cka.py#L26]
+    There is a row for each layer and token. Depth is between 0 and 1, so that models of 12 and of
+    24 blocks are drawn side by side. The released code averages neighboring layers of the deeper
+    one, as a LayerNorm and a projection.
+    [analysis/section-51-activation-similarity/plot_cka.py#L26]
     """
     tables = []
     for token in TOKENS:
@@ -1054,12 +1065,11 @@ def cka_table(before, after):
 # MINE: mutual information by neural networks (section 5.2)
 # ==================================================================================================
 class StatisticsNetworks(nn.Module):
-    """Networks of many estimators: [estimators, batch, features] to [estimators, batch].
+    """The networks f of many estimators: [estimators, batch, features] to [estimators, batch].
 
-    There is one for each time step, and one product computes the layer of all, which is many times
-    faster than one after the other. Each is features -> 400 -> 400 -> 400 -> 1 with ReLU, as in the
-    released code; the text of the paper has a layer less.
-    [../mine-pytorch/util_mi_calculation.py#L25]
+    There is one estimator for each time step; a batched product computes a layer of all of them at
+    once. Each network is features -> 400 -> 400 -> 400 -> 1 with ReLU, as in the released code; the
+    text of the paper has a layer less. [../mine-pytorch/util_mi_calculation.py#L25]
     All start from the same weights, drawn as nn.Linear does, and share nothing afterwards.
     """
 
@@ -1084,7 +1094,6 @@ def mine(x, t, analysis, seed):
     `x` [estimators, 2 * windows, features] and `t` [estimators, 2 * windows, width] hold the
     training windows first, then as many held-out ones. Returns the estimates on the held-out and on
     the training windows, in nats, both [estimators]; not finite where a network has diverged.
-    All networks start alike and see the windows in the same order: they differ by their data only.
     """
     torch.manual_seed(seed)
     num_windows = x.shape[1] // 2
@@ -1096,7 +1105,7 @@ def mine(x, t, analysis, seed):
     optimizer = torch.optim.Adam(networks.parameters(), lr=1e-4, fused=True)
 
     def statistics(batch, partners):
-        """T of the windows `batch`: with their own x, and with the x of their `partners`."""
+        """f of the windows `batch`: with their own x, and with the x of their `partners`."""
         batch = batch.to(x.device)
         partners = partners.to(x.device)
         joint = torch.cat([x[:, batch], t[:, batch]], dim=2)
@@ -1107,9 +1116,9 @@ def mine(x, t, analysis, seed):
     for _ in range(analysis.mine_passes):
         for batch in torch.randperm(num_windows).split(analysis.mine_batch_size):
             joint, marginal = statistics(batch, batch[torch.randperm(len(batch))])
-            # The bound below is what is to grow. Its log E[exp T] has the gradient E[exp T]' /
-            # E[exp T]; in small batches that is less biased with a moving average below the
-            # fraction (section 3.2 of Belghazi et al.).
+            # The bound at the end is what is to grow. Its log E[exp f] has the gradient
+            # E[exp f]' / E[exp f], less biased in small batches if the denominator is a moving
+            # average (section 3.2 of Belghazi et al.).
             mean_exp = marginal.exp().mean(dim=1)
             if average is None:
                 average = mean_exp.detach()
@@ -1127,7 +1136,7 @@ def mine(x, t, analysis, seed):
         windows = offset + torch.arange(num_windows)
         with torch.no_grad():
             joint, marginal = statistics(windows, offset + torch.randperm(num_windows))
-        # The Donsker-Varadhan bound E_joint[T] - log E_marginal[exp T].
+        # The Donsker-Varadhan bound E_joint[f] - log E_marginal[exp f].
         log_mean_exp = torch.logsumexp(marginal, dim=1) - math.log(num_windows)
         estimates.append((joint.mean(dim=1) - log_mean_exp).cpu().numpy())
     return estimates
@@ -1141,11 +1150,12 @@ def standardize(values, num_windows):
 
 
 # ==================================================================================================
-# Whose information: the paper's questions
+# Questions to MINE: what do outputs know of data? (section 5.2, App. E and H.2)
 # ==================================================================================================
-# Questions are generators of (columns of its rows in the table, x, t), with x [steps, windows,
-# features] and t [steps, windows, width]: MINE is to estimate I(x[i]; t[i]) for each step i.
-# x_t is a token of the data at step t, T(x_t) a block's output at that token, K the last step.
+# A question is a triple: constant columns of its rows in the table, x [steps, windows, features],
+# and t [steps, windows, width]. MINE is to estimate I(x[i]; t[i]) for each step i.
+# As in the paper, x_t is a token of the data at step t, T(x_t) a block's output at that token, and
+# x_K a token of the last step.
 def data_tokens(windows, steps):
     """The tokens of the data at some steps: {token: [steps, windows, features]}."""
     values = (windows.returns_to_go, windows.states, windows.actions)
@@ -1161,19 +1171,19 @@ def questions_about_data(windows, steps):
 
 
 def questions_about_model(model, windows, steps):
-    """What blocks know: the paper's I(X;T), of the data, and I(Y;T), of the action to predict."""
+    """What blocks know of the data, the paper's I(X;T), and of the action to predict, I(Y;T)."""
     data = data_tokens(windows, steps)
     num_blocks = len(model.transformer.h)
     of_figure_2 = {0: "shallow", num_blocks // 2: "middle", num_blocks - 1: "deep"}
     for block in range(num_blocks):
         # Block by block, as the outputs of all blocks would take gigabytes.
         layer = f"{block}.mlp.dropout"
-        output = activations(model, windows, [layer], steps)[layer].to(windows.states.device)
-        output = dict(zip(TOKENS, output.permute(2, 1, 0, 3)))  # each [steps, windows, width]
+        outputs = activations(model, windows, [layer], steps)[layer].to(windows.states.device)
+        output = dict(zip(TOKENS, outputs.permute(2, 1, 0, 3)))  # each [steps, windows, width]
 
         # In the same step, in every block (App. E).
-        columns = {"analysis": "same step", "block": block, "token": "state"}
-        columns["depth"] = (block + 0.5) / num_blocks
+        depth = (block + 0.5) / num_blocks
+        columns = {"analysis": "same step", "block": block, "depth": depth, "token": "state"}
         yield {**columns, "quantity": "I(s_t; T(s_t))"}, data["state"], output["state"]
         yield {**columns, "quantity": "I(a_t; T(s_t))"}, data["action"], output["state"]
 
@@ -1181,14 +1191,14 @@ def questions_about_model(model, windows, steps):
         if block not in of_figure_2:
             continue
         for token in TOKENS:
-            # Without a_K as x_t, as in the released code: nothing has seen it but itself.
+            # a_K is left out as x_t, as in the released code: no other token sees it.
             count = len(steps) - 1 if token == "action" else len(steps)
             if count == 0:
-                continue  # K = 1, where a_K is the only action
+                continue  # there is no other step
             at_last_state = output["state"][-1:].expand(count, -1, -1)
             last_action = data["action"][-1:].expand(count, -1, -1)
-            columns = {"analysis": "context", "block": block, "token": token}
-            columns["place"] = of_figure_2[block]
+            place = of_figure_2[block]
+            columns = {"analysis": "context", "block": block, "place": place, "token": token}
             yield {**columns, "quantity": "I(x_t; T(s_K))"}, data[token][:count], at_last_state
             yield {**columns, "quantity": "I(a_K; T(x_t))"}, last_action, output[token][:count]
 
@@ -1206,7 +1216,7 @@ def answer(questions, steps, analysis, seed):
         shuffled = x[-1:, torch.as_tensor(order, device=x.device)]
         times = [step - steps[-1] for step in steps[: len(x)]]  # -19 to 0
         table = pd.DataFrame({**columns, "step": [*times, times[-1]]})
-        table["shuffled"] = [False] * len(x) + [True]
+        table["shuffled"] = [*[False] * len(times), True]
         x = torch.cat([x, shuffled])
         t = torch.cat([t, t[-1:]])
         table["held_out"], table["training"] = mine(x, t, analysis, seed)
@@ -1217,13 +1227,7 @@ def answer(questions, steps, analysis, seed):
 # ==================================================================================================
 # Figures
 # ==================================================================================================
-# Models have the same order in all tables, and so the same color in all figures.
-def entitle(figure, title, log):
-    figure.suptitle(f"{title}\n{describe(log)}", y=1, verticalalignment="bottom")
-    return figure
-
-
-def plot_cka(cka, log, analysis):
+def plot_cka(cka, analysis, title):
     """CKA of every layer before and after fine-tuning, over its depth (Figs. 1, 23 to 27).
 
     The paper draws the threshold for Hopper and the state token only.
@@ -1245,12 +1249,13 @@ def plot_cka(cka, log, analysis):
     )
     grid.refline(y=analysis.cka_threshold, color="black", linestyle=":")
     grid.set_titles("{col_name} token of the last step")
-    grid.set_axis_labels("depth, 0 the first layer, 1 the last", "linear CKA, debiased")
-    title = f"Each layer before and after, {analysis.cka_windows} windows"
-    return entitle(grid.figure, title, log)
+    grid.set_axis_labels("depth of the layer", "linear CKA, debiased")
+    title = f"Each layer before and after, {analysis.cka_windows} windows\n{title}"
+    grid.figure.suptitle(title, y=1, va="bottom")
+    return grid.figure
 
 
-def plot_heat_maps(grams, pairs, token, log, analysis):
+def plot_heat_maps(grams, pairs, token, analysis, title):
     """CKA of all layers of one model with all of another, for each of `pairs` (App. D).
 
     `grams` holds the gram_matrices of models by their names.
@@ -1264,22 +1269,25 @@ def plot_heat_maps(grams, pairs, token, log, analysis):
         )
         image = axes.imshow(cka, vmin=0, vmax=1, origin="lower", aspect="auto")
     figure.colorbar(image, ax=figure.axes, label="linear CKA, debiased")
-    title = f"All layers at the last {token} token, {analysis.cka_windows} windows"
-    return entitle(figure, title, log)
+    figure.suptitle(f"All layers, last {token} token, {analysis.cka_windows} windows\n{title}")
+    return figure
 
 
-def plot_information(information, x, log, analysis, **panels):
-    """What MINE has found, over `x`, beside the shuffled controls (Fig. 2, App. E and H.2)."""
+def plot_information(information, x, analysis, title, **panels):
+    """What MINE has found, over `x`, beside the shuffled controls (Fig. 2, App. E and H.2).
+
+    Where several estimates fall together: mean and deviation.
+    """
     labels = {
         "step": "time step t, 0 is the last",
-        "depth": "depth, 0 the first block, 1 the last; bars: deviation over t",
+        "depth": "depth of the block",
     }
     grid = sns.relplot(
-        information.assign(token=information.token.mask(information.shuffled, "shuffled")),
+        information.assign(x_t=information.token.mask(information.shuffled, "shuffled")),
         x=x,
         y=analysis.mine_estimate,
         hue="label",
-        style="token",
+        style="x_t",
         kind="line",
         errorbar="sd",
         err_style="bars",
@@ -1292,9 +1300,10 @@ def plot_information(information, x, log, analysis, **panels):
     )
     grid.set_titles(row_template="{row_name}", col_template="{col_name}")
     grid.set_axis_labels(labels[x], "information, nats")
-    windows = f"{analysis.mine_windows} {analysis.mine_estimate.replace('_', '-')} windows"
-    title = f"MINE, {analysis.mine_passes} passes, read off {windows}"
-    return entitle(grid.figure, title, log)
+    estimate = analysis.mine_estimate.replace("_", "-")
+    settings = f"MINE, {analysis.mine_passes} passes, {analysis.mine_windows} {estimate} windows"
+    grid.figure.suptitle(f"{settings}\n{title}", y=1, va="bottom")
+    return grid.figure
 
 
 # ==================================================================================================
@@ -1307,12 +1316,12 @@ SETTINGS = ["env", "dataset", "backbone", "K", "head_std", "max_grad_norm", "see
 def read_logs(folders):
     """The log.csv of several runs, one below the other.
 
-    A run is called by its path below runs/, as two studies may both have a `random`. Figures call
-    it by its `label`, which is unique: the backbone, and what else is not the same for all.
+    Runs keep the order of `folders`. A run is called by its path below runs/; figures call it by
+    its `label`, which is unique: the backbone, and what else is not the same for all.
     """
     logs = []
     for folder in folders:
-        with explain(f"{folder} is no folder of a run"):
+        with exit_on_error(f"{folder} is no folder of a run"):
             log = pd.read_csv(folder / "log.csv")
         logs.append(log.assign(run=str(folder).removeprefix("runs/")))
     log = pd.concat(logs, ignore_index=True)
@@ -1339,8 +1348,8 @@ def describe(log):
 # Utilities: arguments, files, errors
 # ==================================================================================================
 @contextmanager
-def explain(what):
-    """End with one sentence, `what` and the error, where a library fails at what a user brought."""
+def exit_on_error(what):
+    """Exit with one sentence, `what` and the error, if the code inside fails."""
     try:
         yield
     except Exception as error:
@@ -1351,7 +1360,8 @@ def explain(what):
 def complete_arguments(args, subject):
     """Fill in what was not given and depends on others; returns the folder of the run.
 
-    `subject` stands in its name. From here on Ctrl-C ends in a sentence that says how to go on.
+    `subject` becomes part of the run's name. From here on Ctrl-C ends in a sentence that says how
+    to go on.
     """
     env_name = args.env.split("-v")[0]
     if env_name not in TASKS and None in (args.dataset, args.target_return):
@@ -1360,19 +1370,21 @@ def complete_arguments(args, subject):
         )
     if args.sample and not ASSETS.is_dir():
         sys.exit(f"--sample needs {ASSETS}, which comes with the repository.")
-    with explain(f"--device {args.device} cannot be used"):
+    if args.device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each process
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    with exit_on_error(f"--device {args.device} cannot be used"):
         torch.zeros(1, device=args.device)
-    if args.dataset is None:
+    if args.dataset is None and args.sample:
+        args.dataset = f"sample/{env_name.lower()}/medium-v0"
+    elif args.dataset is None:
         args.dataset = TASKS[env_name].dataset
-        if args.sample:
-            args.dataset = f"sample/{env_name.lower()}/medium-v0"
     if args.target_return is None:
         args.target_return = TASKS[env_name].target_return
     if args.run_name is None:
         script = Path(__file__).stem
         args.run_name = f"{args.env}__{script}__{subject}__{args.seed}__{time.time_ns()}"
-    goes_on = f"Interrupted; the same command with --run-name {args.run_name} goes on."
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(goes_on))
+    message = f"Interrupted; the same command with --run-name {args.run_name} goes on."
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(message))
     return Path("runs") / args.run_name
 
 
@@ -1390,17 +1402,17 @@ def check_arguments(args, earlier, folder):
 
 
 def read_checkpoint(path, device):
-    with explain(f"{path} is missing or damaged"):
+    with exit_on_error(f"{path} is missing or damaged"):
         # weights_only: a checkpoint is data, and must not be able to run code.
         return torch.load(path, map_location=device, weights_only=True)
 
 
 def load_model(path, device):
-    """The model of a checkpoint in evaluation mode, and the Args of its run, both on `device`."""
+    """The model of a checkpoint in evaluation mode, and its run's Args, with this `device`."""
     checkpoint = read_checkpoint(path, device)
     architecture = checkpoint["architecture"]
-    blocks = [BlockConfig(**config) for config in architecture.pop("blocks")]
-    model = DecisionTransformer(blocks, **architecture).to(device)
+    configs = [BlockConfig(**config) for config in architecture.pop("configs")]
+    model = DecisionTransformer(configs, **architecture).to(device)
     model.load_state_dict(checkpoint["model"])
     args = Args(**checkpoint["args"])
     return model.eval(), replace(args, device=device)
@@ -1417,7 +1429,7 @@ def save_figure(figure, path, step):
 # Experiment
 # ==================================================================================================
 if __name__ == "__main__":
-    if any(argument.split("=")[0] == "--backbone" for argument in sys.argv):
+    if "--backbone" in sys.argv:
         sys.exit("This script compares several starting points: it takes --backbones.")
     defaults = Config(Analysis(), Args())
     if "--sample" in sys.argv:
@@ -1457,7 +1469,8 @@ if __name__ == "__main__":
     mixed = [name for name in ("env", "dataset", "K") if log[name].nunique() > 1]
     if mixed:
         sys.exit(f"The runs differ in {', '.join(mixed)}, but must see the same windows.")
-    # The same windows for all models, and time steps of them: evenly spaced, the last among them.
+    title = describe(log)
+    # The same windows for all models, and time steps of them: evenly spaced, from the last one on.
     _, run_args = load_model(folders[0] / "latest.pt", args.device)
     cka_windows, mine_windows = choose_windows(run_args, analysis, args.seed)
     K = run_args.context_length
@@ -1467,25 +1480,26 @@ if __name__ == "__main__":
     models_after = {}
     tables = []
     for run_folder, run, label in zip(folders, log.run.unique(), log.label.unique()):
-        first, last = analysis.epochs or (0, log[log.run == run].epoch.max())
-        before, _ = load_model(run_folder / f"epoch_{first}.pt", args.device)
-        after, _ = load_model(run_folder / f"epoch_{last}.pt", args.device)
-        name_before = f"{label}, epoch {first}"
-        name_after = f"{label}, epoch {last}"
+        epoch_before, epoch_after = analysis.epochs or (0, log[log.run == run].epoch.max())
+        before, _ = load_model(run_folder / f"epoch_{epoch_before}.pt", args.device)
+        after, _ = load_model(run_folder / f"epoch_{epoch_after}.pt", args.device)
+        name_before = f"{label}, epoch {epoch_before}"
+        name_after = f"{label}, epoch {epoch_after}"
         models_after[name_after] = after
         grams[name_before] = gram_matrices(before, cka_windows)
         grams[name_after] = gram_matrices(after, cka_windows)
         table = cka_table(grams[name_before], grams[name_after])
-        tables.append(table.assign(run=run, label=f"{label}, epochs {first} and {last}"))
+        epochs = f"epochs {epoch_before} and {epoch_after}"
+        tables.append(table.assign(run=run, label=f"{label}, {epochs}"))
     cka = pd.concat(tables, ignore_index=True)
     folder.mkdir(parents=True, exist_ok=True)
     cka.to_csv(folder / "cka.csv", index=False)
-    figures = {"cka_before_after": plot_cka(cka, log, analysis)}
+    figures = {"cka_before_after": plot_cka(cka, analysis, title)}
     # Each model with itself, and what they are after fine-tuning with one another.
     pairs = [(name, name) for name in grams]
     pairs += itertools.combinations(models_after, 2)
     for token in TOKENS:
-        figures[f"cka_heat_maps_{token}"] = plot_heat_maps(grams, pairs, token, log, analysis)
+        figures[f"cka_heat_maps_{token}"] = plot_heat_maps(grams, pairs, token, analysis, title)
     print(f"CKA, mean over layers, and how many layers are above {analysis.cka_threshold}")
     cka["above"] = cka.cka > analysis.cka_threshold
     means = cka.groupby(["label", "token", "kind"], sort=False)
@@ -1494,22 +1508,23 @@ if __name__ == "__main__":
     if analysis.mine_windows > 0:
         questions = questions_about_data(mine_windows, steps)
         tables = [answer(questions, steps, analysis, args.seed).assign(run="data", label="data")]
-        for run, label in zip(log.run.unique(), models_after):
-            questions = questions_about_model(models_after[label], mine_windows, steps)
+        for run, (name, model) in zip(log.run.unique(), models_after.items()):
+            questions = questions_about_model(model, mine_windows, steps)
             table = answer(questions, steps, analysis, args.seed)
-            tables.append(table.assign(run=run, label=label))
+            tables.append(table.assign(run=run, label=name))
         information = pd.concat(tables, ignore_index=True)
         information.to_csv(folder / "information.csv", index=False)
-        # groupby sorts by name.
-        context, data, same_step = [table for _, table in information.groupby("analysis")]
+        context = information[information.analysis == "context"]
+        same_step = information[information.analysis == "same step"]
+        in_data = information[information.analysis == "data"]
         figures["information_with_context"] = plot_information(
-            context, "step", log, analysis, row="quantity", col="place"
-        )
-        figures["information_in_data"] = plot_information(
-            data, "step", log, analysis, col="quantity"
+            context, "step", analysis, title, row="quantity", col="place"
         )
         figures["information_of_same_step"] = plot_information(
-            same_step, "depth", log, analysis, col="quantity"
+            same_step, "depth", analysis, title, col="quantity"
+        )
+        figures["information_in_data"] = plot_information(
+            in_data, "step", analysis, title, col="quantity"
         )
         print("Mutual information in nats, mean over blocks, tokens and steps")
         means = information.groupby(["label", "analysis", "quantity", "shuffled"], sort=False)

@@ -5,9 +5,9 @@
     python dt_no_context.py --replace-blocks 0 6 11 --num-epochs 10
     python dt_no_context.py --runs runs/ONE runs/ANOTHER                # finished runs, any K
 
-The first two learn with K = 1 (section 5.5, Table 2) and measure how far back the model looks
-before and after (5.6.2). --replace-blocks trains a random model with one block of the pre-trained
-one, for each of these blocks (5.6.1). --runs puts finished runs side by side (Figs. 8 and 10).
+The first two train with K = 1 (section 5.5, Table 2), the third random models that have one block
+of the pre-trained one (5.6.1), and the last puts finished runs side by side (Figs. 8 and 10). All
+measure how far back the models look in the epochs that were kept (5.6.2).
 
 Paper: S. Takagi, "On the Effect of Pre-training for Transformer in Different Modality on Offline
 Reinforcement Learning", NeurIPS 2022, https://arxiv.org/abs/2211.09817 (sections 5.5 and 5.6).
@@ -22,7 +22,7 @@ import json
 import math
 import os
 
-os.environ["MPLBACKEND"] = "agg"  # notebooks set one that need not be there
+os.environ["MPLBACKEND"] = "agg"  # Jupyter and Colab set one that only their kernels have
 import signal
 import sys
 import textwrap
@@ -69,15 +69,15 @@ ASSETS = Path(__file__).resolve().parent / "tests" / "assets"
 class Args:
     # Starting point and data
     backbone: str = "gpt2"
-    """gpt2, igpt, igpt-as-gpt2 (the paper's way of loading ImageGPT), random (the paper's control:
-    one head, ReLU), random-gpt2 (GPT-2's architecture), a hub id or folder; with --sample also
-    markov (trained on a Markov chain's sequences)"""
+    """gpt2, igpt, igpt-as-gpt2 (ImageGPT's weights in GPT-2's blocks, as in the paper), random (the
+    paper's control: one head, ReLU), random-gpt2 (GPT-2's architecture), a hub id or folder; with
+    --sample also markov (trained on a Markov chain's sequences)"""
     env: str = "Hopper-v4"
     """Hopper, HalfCheetah or Walker2d, -v4 or -v5; others need --dataset and --target-return"""
     dataset: str | None = None
-    """Minari id or folder, or D4RL file; by default mujoco/{hopper,halfcheetah,...}/medium-v0"""
+    """Minari id or folder, or D4RL's .hdf5 file; by default mujoco/{hopper,...}/medium-v0"""
     sample: bool = False
-    """bundled data and small backbones, and sizes for two CPU cores where none are given"""
+    """bundled data, small backbones and other defaults (SAMPLE), for two CPU cores"""
 
     # Model
     context_length: PositiveInt = 20
@@ -85,15 +85,14 @@ class Args:
     dropout: float = Field(0.2, ge=0, lt=1)
     """on the residual branches; on attention weights and the backbone's input it is at most 0.1"""
     head_std: PositiveFloat | None = None
-    """standard deviation of the initial weights of the action embedding, which are those of the
-    action head too; None is the paper's, nn.Linear's default, with which the tanh of the actions
-    starts saturated: on Hopper it sees a deviation of 9 (try 0.02)"""
+    """standard deviation of the initial weights that action embedding and action head share (try
+    0.02); None is nn.Linear's default, as in the paper: the head's tanh starts saturated"""
     return_scale: PositiveFloat = 1000
     """returns-to-go are divided by this: take about the size of a return of your data"""
 
     # Optimization
     batch_size: PositiveInt = 64
-    """windows per training step, of all processes together"""
+    """windows of K steps per training step, of all processes together"""
     learning_rate: PositiveFloat = 1e-4
     """of AdamW, after the warm-up"""
     weight_decay: NonNegativeFloat = 1e-4
@@ -123,7 +122,7 @@ class Args:
     )
     """of matrix products; weights are always float32"""
     compile: bool = torch.cuda.is_available()
-    """torch.compile the model"""
+    """torch.compile the model, for a GPU"""
     save_epochs: tuple[NonNegativeInt, ...] = (0, 1, 4)
     """epochs whose model is kept, 0 being before training; the last is always kept"""
     capture_video: bool = False
@@ -158,11 +157,9 @@ class Analysis:
     trained as it is"""
     runs: tuple[Path, ...] = ()
     """folders of finished runs of any script, to look at instead of training"""
-    attention_epochs: tuple[NonNegativeInt, ...] = ()
-    """epochs at which attention is measured, the first being what the others are compared with;
-    by default all whose model was kept (--save-epochs)"""
     attention_windows: NonNegativeInt = 100
-    """windows of 20 steps on which attention is measured; 0 leaves it out"""
+    """windows of 20 steps on which attention is measured, in every epoch whose model was kept
+    (--save-epochs); 0 leaves it out"""
 
 
 @dataclass
@@ -205,7 +202,7 @@ class BlockConfig:
 
 
 class Conv1D(nn.Module):
-    """A linear layer, by the name and with the weight [in, out] that GPT-2's checkpoints have."""
+    """A linear layer whose weight is [in, out], as in GPT-2's checkpoints; transformers' name."""
 
     def __init__(self, n_in, n_out):
         super().__init__()
@@ -222,7 +219,7 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        # The released code has 0.1, whatever the other dropout is. Here 0 switches both off.
+        # The released code always has 0.1; here --dropout 0 switches this off, too.
         # [decision_transformer/models/decision_transformer.py#L44]
         self.attention_dropout = min(0.1, config.dropout)
         self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
@@ -285,17 +282,17 @@ class DecisionTransformer(nn.Module):
     not used: a learned embedding of the time step is all that a token knows about its position.
     """
 
-    def __init__(self, blocks, final_norm, state_dim, act_dim, max_timestep):
+    def __init__(self, configs, final_norm, state_dim, act_dim, max_timestep):
         super().__init__()
-        width = blocks[0].n_embd
+        width = configs[0].n_embd
         self.architecture = {  # what load_model needs to build this model again
-            "blocks": [asdict(block) for block in blocks],
+            "configs": [asdict(config) for config in configs],
             "final_norm": final_norm,
             "state_dim": state_dim,
             "act_dim": act_dim,
             "max_timestep": max_timestep,
         }
-        # Of the data's states, so that a checkpoint can be played without the data.
+        # evaluate normalizes states by these, so that a checkpoint can be played without the data.
         self.register_buffer("state_mean", torch.zeros(state_dim))
         self.register_buffer("state_std", torch.ones(state_dim))
         self.embed_timestep = nn.Embedding(max_timestep, width)
@@ -305,20 +302,20 @@ class DecisionTransformer(nn.Module):
         self.embed_ln = nn.LayerNorm(width)
         self.transformer = nn.ModuleDict(
             {
-                "drop": nn.Dropout(min(0.1, blocks[0].dropout)),
-                "h": nn.ModuleList([Block(config) for config in blocks]),
-                "ln_f": LAYER_NORMS[final_norm](width, eps=blocks[0].epsilon),
+                "drop": nn.Dropout(min(0.1, configs[0].dropout)),
+                "h": nn.ModuleList([Block(config) for config in configs]),
+                "ln_f": LAYER_NORMS[final_norm](width, eps=configs[0].epsilon),
             }
         )
         # The residual branches start small, the more so the more there are, as in GPT-2.
         # [decision_transformer/models/trajectory_gpt2.py#L525]
         for name, weight in self.transformer.h.named_parameters():
             if name.endswith("c_proj.weight"):
-                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * len(blocks)))
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * len(configs)))
 
     def embed(self, returns_to_go, states, actions, timesteps):
         """The tokens R_1 s_1 a_1 R_2 s_2 a_2 ... that enter the first block, [batch, 3K, width]."""
-        # Not in bf16, where returns of 3.600 and 3.601 are the same number.
+        # In float32: in bf16 returns of 3.600 and 3.601 are the same number.
         with torch.autocast(states.device.type, enabled=False):
             return_tokens = self.embed_return(returns_to_go)
             state_tokens = self.embed_state(states)
@@ -343,7 +340,7 @@ class DecisionTransformer(nn.Module):
         x = self.transformer.ln_f(x)
         # The token of s_t predicts a_t: it has seen R_t and s_t, but not a_t itself.
         at_states = x[:, 1::3]  # [batch, K, width]
-        # Not in bf16, where tanh(3.6) is rounded to 1, so that its gradient 1 - tanh² is 0.
+        # In float32: in bf16 tanh(3.6) is rounded to 1, and its gradient 1 - tanh² to 0.
         with torch.autocast(states.device.type, enabled=False):
             # The action head is the embedding's matrix [width, act_dim] again, without a bias:
             # --share_input_output_proj of the released commands.
@@ -368,8 +365,8 @@ BUNDLED = {  # what --sample takes instead, under tests/assets
 
 
 class Backbone(NamedTuple):
-    blocks: list[BlockConfig]
-    final_norm: str
+    configs: list[BlockConfig]  # of its blocks
+    final_norm: str  # the blocks' layer_norm, but where dt_no_context.py replaces one
     weights: dict[str, torch.Tensor]  # by their names under model.transformer; none if random
 
 
@@ -379,31 +376,31 @@ def load_backbone(args):
         # GPT-2 small's size, or that of the bundled GPT-2.
         num_blocks = 4 if args.sample else 12
         width = 128 if args.sample else 768
-        block = BlockConfig(
+        config = BlockConfig(
             n_embd=width,
-            n_head=num_blocks,  # as many as there are blocks
+            n_head=4 if args.sample else 12,
             n_inner=4 * width,
             activation="gelu_new",
             dropout=args.dropout,
         )
         if args.backbone == "random":
             # The paper's control is not GPT-2's architecture. [experiment.py#L469]
-            block = replace(block, n_head=1, activation="relu")
-        return Backbone([block] * num_blocks, "layernorm", weights={})
+            config = replace(config, n_head=1, activation="relu")
+        return Backbone([config] * num_blocks, "layernorm", weights={})
 
     source = HUB_IDS.get(args.backbone, args.backbone)
     if args.sample and args.backbone in BUNDLED:
         source = str(ASSETS / BUNDLED[args.backbone])
-    model, block = read_pretrained(source, args.dropout)
+    model, config = read_pretrained(source, args.dropout)
     if args.backbone == "igpt-as-gpt2":
         # The released code puts ImageGPT's weights into GPT-2's blocks, whose LayerNorm subtracts
         # the mean and adds a bias, new and zero.
         # [decision_transformer/models/decision_transformer.py#L46]
-        block = replace(block, layer_norm="layernorm")
+        config = replace(config, layer_norm="layernorm")
     weights = model.state_dict()
     for name in ("wte.weight", "wpe.weight"):  # word and position embeddings are not used
         del weights[name]
-    return Backbone([block] * len(model.h), block.layer_norm, weights)
+    return Backbone([config] * len(model.h), config.layer_norm, weights)
 
 
 def read_pretrained(source, dropout):
@@ -416,46 +413,46 @@ def read_pretrained(source, dropout):
     import transformers  # here, because it takes seconds and random weights do not need it
 
     transformers.logging.set_verbosity_error()
-    with explain(
+    with exit_on_error(
         f"--backbone {source} cannot be used; it takes {', '.join(HUB_IDS)}, random, random-gpt2 "
         "or the hub id or folder of a GPT-2 or ImageGPT; --sample needs no network"
     ):
         # The configuration first: a Llama is refused before its 14 GB are fetched.
-        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-        if config.model_type not in ("gpt2", "imagegpt"):
-            raise ValueError(f"it is a {config.model_type}")
+        theirs = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if theirs.model_type not in ("gpt2", "imagegpt"):
+            raise ValueError(f"it is a {theirs.model_type}")
         model, report = transformers.AutoModel.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True
         )
-        # transformers would draw them at random.
+        # Missing weights, which transformers would draw at random.
         missing = [name for name in report["missing_keys"] if name.startswith(("h.", "ln_f."))]
         if missing:
             raise ValueError(f"weights are missing: {missing[:3]}")
-        block = BlockConfig(
-            n_embd=config.n_embd,
-            n_head=config.n_head,
-            n_inner=config.n_inner or 4 * config.n_embd,
-            activation=config.activation_function,
-            layer_norm="rmsnorm" if config.model_type == "imagegpt" else "layernorm",
-            epsilon=config.layer_norm_epsilon,
+        config = BlockConfig(
+            n_embd=theirs.n_embd,
+            n_head=theirs.n_head,
+            n_inner=theirs.n_inner or 4 * theirs.n_embd,
+            activation=theirs.activation_function,
+            layer_norm="rmsnorm" if theirs.model_type == "imagegpt" else "layernorm",
+            epsilon=theirs.layer_norm_epsilon,
             dropout=dropout,
         )
-        check_outputs(model, block)
-    return model, block
+        check_outputs(model, config)
+    return model, config
 
 
 @torch.no_grad()
-def check_outputs(theirs, block):
+def check_outputs(theirs, config):
     """Raise if transformers' model and our blocks with its weights differ in what they compute.
 
     This runs on every start from a checkpoint: whatever another GPT-2 does that our blocks do not
     (cross-attention, other scaling, ...) shows here, and so would an error of ours.
     """
-    ours = nn.Sequential(*[Block(block) for _ in theirs.h]).eval()
+    ours = nn.Sequential(*[Block(config) for _ in theirs.h]).eval()
     ours.load_state_dict(theirs.h.state_dict())
-    theirs.wpe.weight.zero_()  # the position embedding, which is not used here
+    theirs.wpe.weight.zero_()  # the position embedding, which load_backbone drops
     theirs.config.is_decoder = True  # without it transformers 5 gives ImageGPT no causal mask
-    x = torch.randn(1, 16, block.n_embd)  # [batch, tokens, width]
+    x = torch.randn(1, 16, config.n_embd)  # [batch, tokens, width]
     expected = theirs(inputs_embeds=x, use_cache=False).last_hidden_state
     torch.testing.assert_close(
         theirs.ln_f(ours(x)),
@@ -476,8 +473,8 @@ class Task(NamedTuple):
     expert_return: float
 
 
-# Minari's medium data were recorded by other policies than D4RL's, which the paper has used: for
-# numbers beside the paper's give --dataset hopper_medium-v2.hdf5.
+# Minari's medium data were recorded by other policies than D4RL's, which the paper has used: to
+# compare with the paper give D4RL's file, as --dataset hopper_medium-v2.hdf5.
 TASKS = {
     "Hopper": Task("mujoco/hopper/medium-v0", 3600, -20.272305, 3234.3),
     "HalfCheetah": Task("mujoco/halfcheetah/medium-v0", 6000, -280.178953, 12135.0),
@@ -510,7 +507,9 @@ def read_d4rl(path):
         # An episode ends where the policy failed, or where the time was up.
         is_last = file["terminals"][()].astype(bool) | file["timeouts"][()].astype(bool)
         ends = np.flatnonzero(is_last) + 1
-        columns = [np.split(file[name][()], ends)[:-1] for name in Episode._fields]
+        columns = []
+        for name in ("observations", "actions", "rewards"):
+            columns.append(np.split(file[name][()], ends)[:-1])
     return [Episode(*column) for column in zip(*columns)]
 
 
@@ -528,9 +527,9 @@ def read_minari(dataset, env_id):
     # Without these Minari would make the environment that the file names: it would run code.
     if not metadata.get("observation_space") or not metadata.get("action_space"):
         sys.exit(f"{folder} does not say what its observations and actions are: it is not opened.")
-    # Minari keeps the name of an environment without the module that it came from.
-    env_id = env_id.split(":")[-1]
-    recorded_in = json.loads(metadata.get("env_spec") or "{}").get("id", env_id).split(":")[-1]
+    env_id = env_id.split(":")[-1]  # Minari keeps it without the module that it came from
+    spec = json.loads(metadata.get("env_spec") or "{}")  # not all data sets have one
+    recorded_in = spec.get("id", env_id)
     if recorded_in.split("-v")[0] != env_id.split("-v")[0]:
         sys.exit(f"{folder} was recorded in {recorded_in}, not in {env_id}.")
     if recorded_in != env_id:  # Hopper and HalfCheetah behave alike in -v4 and -v5, Walker2d not
@@ -549,7 +548,7 @@ def load_episodes(args, env):
     [experiment.py#L172]
     """
     name = f"--dataset {args.dataset}"
-    with explain(
+    with exit_on_error(
         f"{name} is no D4RL file and no folder or id of Minari that can be read; if a download was "
         f"cut, delete its folder under {get_dataset_path()}; --sample needs no network"
     ):
@@ -574,15 +573,15 @@ class OfflineData:
         observations = np.concatenate([episode.observations for episode in episodes])
         actions = np.concatenate([episode.actions for episode in episodes])
         mean = observations.mean(axis=0, dtype=np.float64)
-        std = observations.std(axis=0, dtype=np.float64) + 1e-6  # [experiment.py#L151]
+        std = observations.std(axis=0, dtype=np.float64)
         # What is constant in the data need not be so in the environment: divided by 1e-6, as the
         # released code does, it would be huge. Hopper, HalfCheetah and Walker2d have no such state.
-        std[std < 2e-6] = 1
+        std = np.where(std < 1e-6, 1, std + 1e-6)  # [experiment.py#L151]
         # The return-to-go of a step is the undiscounted sum of its reward and of all later ones.
         rewards = [episode.rewards.astype(np.float64) for episode in episodes]
         returns_to_go = np.concatenate([r[::-1].cumsum()[::-1] for r in rewards])
         timesteps = np.concatenate([np.arange(length) for length in lengths])
-        # For each transition, one past the index of the last one of its episode.
+        # For each transition, where the next episode begins.
         episode_ends = np.repeat(np.cumsum(lengths), lengths)
 
         def float_tensor(values):
@@ -599,7 +598,7 @@ class OfflineData:
     def windows(self, starts, context_length):
         """The Windows of K steps from the transitions `starts` [batch] on, by an index lookup.
 
-        The released code cuts one after the other and sums its return-to-go up anew.
+        The released code cuts window after window and sums each return-to-go anew.
         [experiment.py#L199]
         """
         index = starts[:, None] + torch.arange(context_length, device=starts.device)  # [batch, K]
@@ -617,7 +616,8 @@ class OfflineData:
 # ==================================================================================================
 # Evaluation
 # ==================================================================================================
-# The paper used -v3, which gymnasium no longer has; -v4 is its successor. [experiment.py#L99]
+# The paper used -v3. gymnasium has -v4, its successor, and warns that it is out of date.
+# [experiment.py#L99]
 warnings.filterwarnings("ignore", message=".*is out of date.*")
 
 
@@ -632,15 +632,15 @@ mujoco.set_mju_user_warning(warn_of_mujoco)
 
 def make_env(args, num_copies, **options):
     """A gymnasium vector environment of `num_copies` copies of `args.env`."""
-    with explain(f"--env {args.env} cannot be made"):
+    with exit_on_error(f"--env {args.env} cannot be made"):
         # In one process: a step of MuJoCo takes less time than to pass it to another.
         env = gym.make_vec(args.env, num_copies, vectorization_mode="sync", **options)
     states = env.single_observation_space
     actions = env.single_action_space
     if not isinstance(states, gym.spaces.Box) or len(states.shape) != 1:
-        sys.exit(f"{args.env} has observations {states}; the model's are vectors.")
+        sys.exit(f"{args.env} has observations {states}; the model takes vectors.")
     if actions != gym.spaces.Box(-1, 1, actions.shape, actions.dtype):
-        sys.exit(f"{args.env} has actions {actions}; the model's are continuous, from -1 to 1.")
+        sys.exit(f"{args.env} has actions {actions}; the model's are vectors from -1 to 1.")
     return env
 
 
@@ -656,17 +656,17 @@ def evaluate(model, env, args):
 
     Returns the undiscounted returns and the lengths of the episodes, both [episodes]. The model is
     asked for `args.target_return`, which then falls by each reward, and sees the last K steps.
-    The released code plays one episode at a time, and others in each evaluation.
+    The released code plays one episode at a time, and different ones in each evaluation.
     [decision_transformer/evaluation/evaluate_episodes.py#L112]
     """
     model.eval()
     num_episodes = env.num_envs
     horizon = env.spec.max_episode_steps or 1000
 
-    # What the model has seen and done, filled in step by step; a_t is 0 until it is predicted.
     def zeros(*shape):
         return torch.zeros(num_episodes, horizon, *shape, device=args.device)
 
+    # What the model has seen and done, filled in step by step; a_t is 0 until it is predicted.
     returns_to_go = zeros(1)
     states = zeros(*env.single_observation_space.shape)
     actions = zeros(*env.single_action_space.shape)
@@ -679,10 +679,11 @@ def evaluate(model, env, args):
     for t in tqdm(range(horizon), desc="evaluation", unit="step", leave=False):
         observations = torch.as_tensor(np.float32(observations), device=args.device)
         states[:, t] = (observations - model.state_mean) / model.state_std
-        # What has been received need not be asked for again.
+        # The return that is still to come.
         to_go = (args.target_return - episode_returns) / args.return_scale
         returns_to_go[:, t, 0] = torch.as_tensor(np.float32(to_go), device=args.device)
-        rows = torch.as_tensor(np.flatnonzero(running), device=args.device)  # saves time
+        # Only episodes that go on are predicted, which saves time.
+        rows = torch.as_tensor(np.flatnonzero(running), device=args.device)
         context = slice(max(0, t - args.context_length + 1), t + 1)
         with autocast(args):
             predicted = model(
@@ -719,12 +720,14 @@ def normalized_score(env_id, episode_return):
 # ==================================================================================================
 # Training
 # ==================================================================================================
-METRICS = ("loss", "saturated_fraction", "grad_norm", "clipped_fraction")  # of each training step
+# Of each training step, in the order in which train collects them.
+METRICS = ("loss", "saturated_fraction", "grad_norm", "clipped_fraction")
 
 
 def training_loss(model, windows):
-    """Mean squared error of the actions, and the share of them beyond ±0.99, where tanh is flat.
+    """Mean squared error of the actions, and the share of predicted ones beyond ±0.99.
 
+    There tanh is flat, so that hardly any gradient passes.
     Both are means over the valid steps and the action dimensions.
     """
     predicted = model(windows.returns_to_go, windows.states, windows.actions, windows.timesteps)
@@ -740,7 +743,7 @@ def make_model(args, backbone, data, max_timestep):
     """The Decision Transformer before fine-tuning: `backbone`, and the rest drawn from the seed."""
     torch.manual_seed(args.seed)
     model = DecisionTransformer(
-        backbone.blocks,
+        backbone.configs,
         backbone.final_norm,
         state_dim=data.states.shape[1],
         act_dim=data.actions.shape[1],
@@ -769,8 +772,6 @@ def train(args, folder, backbone):
     rank = int(os.environ.get("RANK", 0))
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     if num_processes > 1 and not torch.distributed.is_initialized():
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # The others wait while the first process evaluates.
         torch.distributed.init_process_group(timeout=timedelta(hours=12))
 
@@ -783,7 +784,8 @@ def train(args, folder, backbone):
         model.parameters(),
         lr=args.learning_rate,
         weight_decay=args.weight_decay,
-        # Two, as the released code takes one library's optimizer or the other's. [utils.py#L60]
+        # The released code takes transformers' AdamW for pre-trained weights, else torch's, with
+        # their defaults. [utils.py#L60]
         eps=1e-8 if args.backbone.startswith("random") else 1e-6,
         fused=True,
     )
@@ -802,7 +804,7 @@ def train(args, folder, backbone):
         log = checkpoint["log"]
         print(f"{folder} goes on after epoch {checkpoint['epoch']}.")
 
-    # The same parameters, as training uses them: compiled for a GPU, or shared by processes.
+    # The same parameters, as training uses them: compiled for a GPU, shared by processes.
     training_model = model
     if args.compile:
         training_model = torch.compile(training_model, mode="reduce-overhead")  # CUDA graphs
@@ -813,6 +815,7 @@ def train(args, folder, backbone):
 
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
+        # What a run that was killed has logged after its checkpoint is purged.
         writer = SummaryWriter(folder, purge_step=step + 1 if log else 0, flush_secs=10)
         writer.add_text("hyperparameters", pd.Series(asdict(args)).to_frame("value").to_html())
 
@@ -838,7 +841,7 @@ def train(args, folder, backbone):
             unit="step",
             disable=rank > 0 or epoch == 0,
         )
-        for i, window_starts in enumerate(progress):
+        for i, window_starts in enumerate(progress, start=1):
             # The learning rate rises linearly, then stays. [experiment.py#L400]
             learning_rate = args.learning_rate * min((step + 1) / max(1, args.warmup_steps), 1)
             for group in optimizer.param_groups:
@@ -848,18 +851,20 @@ def train(args, folder, backbone):
             with autocast(args):
                 loss, saturated_fraction = training_loss(training_model, windows)
             loss.backward()
-            # Here the gradient is clipped. Taken as one vector over all parameters, it is shortened
-            # to max_grad_norm if it is longer; its direction stays. The norm returned is the one
+            # Here the gradient is clipped: as one vector over all parameters, it is shortened to
+            # max_grad_norm if it is longer; its direction stays. The norm returned is the one
             # before that. [decision_transformer/training/seq_trainer.py#L84]
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             step += 1
 
+            if rank > 0:
+                continue  # the first process reports, of its own windows
             # Metrics stay on the device; to read them here would wait for it in every step.
             clipped = (grad_norm > args.max_grad_norm).float()
             metrics.append(torch.stack([loss.detach(), saturated_fraction, grad_norm, clipped]))
-            if rank == 0 and ((i + 1) % log_interval == 0 or i + 1 == num_steps):
+            if i % log_interval == 0 or i == num_steps:
                 means = dict(zip(METRICS, torch.stack(metrics).mean(dim=0).tolist()))
                 metrics = []
                 if not math.isfinite(means["loss"]):
@@ -904,7 +909,7 @@ def train(args, folder, backbone):
         }
         if epoch in args.save_epochs or epoch == args.num_epochs:
             torch.save(checkpoint, folder / f"epoch_{epoch}.pt")
-        # The best of 40 noisy evaluations flatters, but it is what the paper reports.
+        # The best of 40 noisy evaluations is biased upwards, but it is what the paper reports.
         mean_returns = frame[frame.epoch > 0].groupby("epoch")["return"].mean()
         if epoch > 0 and mean_returns.idxmax() == epoch:
             torch.save(checkpoint, folder / "best.pt")
@@ -924,17 +929,20 @@ def mixed_backbone(args, pretrained, block_number):
 
     The block keeps its own heads, activation and LayerNorm.
     """
-    width = pretrained.blocks[0].n_embd
-    random_block = BlockConfig(
+    width = pretrained.configs[0].n_embd
+    random_config = BlockConfig(
         n_embd=width, n_head=1, n_inner=4 * width, activation="relu", dropout=args.dropout
     )
-    blocks = [random_block] * len(pretrained.blocks)
+    configs = [random_config] * len(pretrained.configs)
     # Also block 0. The released code tests `if pretrained_block:`, which is false for 0, and so
     # trains a whole GPT-2 there. [experiment.py#L321]
-    blocks[block_number] = pretrained.blocks[block_number]
+    configs[block_number] = pretrained.configs[block_number]
     prefix = f"h.{block_number}."
-    weights = {n: weight for n, weight in pretrained.weights.items() if n.startswith(prefix)}
-    return Backbone(blocks, "layernorm", weights)
+    weights = {}
+    for name, weight in pretrained.weights.items():
+        if name.startswith(prefix):
+            weights[name] = weight
+    return Backbone(configs, "layernorm", weights)
 
 
 # ==================================================================================================
@@ -943,30 +951,30 @@ def mixed_backbone(args, pretrained, block_number):
 ATTENTION_CONTEXT = 20  # K of the windows, also for models that were trained with K = 1
 
 
-def attention_weights(attention, x):
-    """The weights [batch, heads, queries, keys] that `attention` uses on x [batch, tokens, width].
+def attention_weights(layer, x):
+    """The weights [batch, heads, queries, keys] that an Attention has on x [batch, tokens, width].
 
     The released code takes all heads as one of 768 dimensions, and cuts the future off after the
     softmax. [analysis/section-56-dependence-on-context/compute_attention_distance.py#L101]
     """
-    query, key, _ = attention.heads(x)
+    query, key, _ = layer.heads(x)
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
     future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
     return scores.masked_fill(future, -math.inf).softmax(dim=-1)
 
 
 def attention_statistics(weights):
-    """Attention distance and weight on the own token, of weights [..., queries, keys]: both [...].
+    """Attention distance and weight on the own token, both [...], of weights [..., queries, keys].
 
-    The distance of query i is sum_j weights(i, j) |i - j| in tokens (Dosovitskiy et al. 2020); the
-    released code divides it by the number of tokens once more.
+    Both are means over the queries. The distance of query i is sum_j weights(i, j) |i - j| in
+    tokens (Dosovitskiy et al. 2020); the released code divides it by the number of tokens again.
     [analysis/section-56-dependence-on-context/compute_attention_distance.py#L117]
-    The weight on the own token tells heads that look there whatever the input, which "Unveiling
-    Markov Heads" (ICML 2025) finds in GPT-2. Both are means over the queries.
+    A high weight on the own token marks heads that look there whatever the input, which "Unveiling
+    Markov Heads" (ICML 2025) finds in GPT-2.
     """
     position = torch.arange(weights.shape[-1], device=weights.device)
-    tokens_back = (position[:, None] - position).abs()
-    distance = (weights * tokens_back).sum(dim=-1).mean(dim=-1)
+    tokens_away = (position[:, None] - position).abs()
+    distance = (weights * tokens_away).sum(dim=-1).mean(dim=-1)
     own_token = weights.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
     return distance, own_token
 
@@ -992,45 +1000,40 @@ def attention_of_heads(model, windows):
     return pd.concat(tables, ignore_index=True)
 
 
-def draw_windows(args, num_windows, seed):
-    """`num_windows` different Windows of 20 steps of `args.dataset`, none of them padded."""
-    data = OfflineData(load_episodes(args, make_env(args, 1)), args)
-    starts = torch.arange(len(data.states), device=args.device)
+def draw_windows(run_args, num_windows, seed):
+    """`num_windows` different Windows of 20 steps of a run's data set, none of them padded."""
+    data = OfflineData(load_episodes(run_args, make_env(run_args, 1)), run_args)
+    starts = torch.arange(len(data.states), device=run_args.device)
     starts = starts[starts + ATTENTION_CONTEXT <= data.episode_ends]
-    if len(starts) < num_windows:
-        sys.exit(
-            f"{args.dataset} has {len(starts)} windows of {ATTENTION_CONTEXT} steps: give "
-            f"--attention-windows {len(starts)} or fewer, 0 leaves attention out."
-        )
-    chosen = np.random.default_rng(seed).choice(len(starts), num_windows, replace=False)
-    return data.windows(starts[torch.as_tensor(chosen, device=args.device)], ATTENTION_CONTEXT)
+    with exit_on_error(
+        f"{run_args.dataset} has {len(starts)} windows of {ATTENTION_CONTEXT} steps: give "
+        f"--attention-windows {len(starts)} or fewer, 0 leaves attention out"
+    ):
+        chosen = np.random.default_rng(seed).choice(len(starts), num_windows, replace=False)
+    starts = starts[torch.as_tensor(chosen, device=run_args.device)]
+    return data.windows(starts, ATTENTION_CONTEXT)
 
 
 def measure_attention(folder, analysis, args):
-    """attention_of_heads of a finished run at each epoch; runs on one data set see the same."""
-    epochs = analysis.attention_epochs
-    if not epochs:
-        epochs = sorted(int(path.stem.split("_")[1]) for path in folder.glob("epoch_*.pt"))
-    models = {}
-    for epoch in epochs:
-        models[epoch], run_args = load_model(folder / f"epoch_{epoch}.pt", args.device)
+    """attention_of_heads of a finished run in each epoch whose model was kept.
+
+    Runs on the same data set are shown the same windows.
+    """
+    _, run_args = load_model(folder / "latest.pt", args.device)
     windows = draw_windows(run_args, analysis.attention_windows, args.seed)
-    tables = [attention_of_heads(model, windows).assign(epoch=e) for e, model in models.items()]
+    tables = []
+    for epoch in range(run_args.num_epochs + 1):
+        path = folder / f"epoch_{epoch}.pt"
+        if path.exists():
+            model, _ = load_model(path, args.device)
+            tables.append(attention_of_heads(model, windows).assign(epoch=epoch))
     return pd.concat(tables)
 
 
 # ==================================================================================================
 # Figures
 # ==================================================================================================
-def colors_of(log):
-    """{label: color}, so that a run has the same color in all figures."""
-    labels = log.label.unique()
-    # seaborn has ten colors for the color-blind, and GPT-2 twelve blocks to replace.
-    palette = "colorblind" if len(labels) <= 10 else "viridis"
-    return dict(zip(labels, sns.color_palette(palette, len(labels))))
-
-
-def plot_learning_curves(log):
+def plot_learning_curves(log, palette, title):
     """Return, loss and saturation over the training steps; the line's style tells K (Fig. 8).
 
     The released figures are moving averages, which by a slip start at 1.2 times the first value.
@@ -1046,7 +1049,7 @@ def plot_learning_curves(log):
         x="step",
         y="value",
         hue="label",
-        palette=colors_of(log),
+        palette=palette,
         style="K",
         col="variable",
         kind="line",
@@ -1056,28 +1059,23 @@ def plot_learning_curves(log):
     )
     for name, axes in grid.axes_dict.items():
         axes.set(title="", xlabel="training step", ylabel=labels[name])
-    grid.figure.suptitle(describe(log), y=1, va="bottom")
+    grid.figure.suptitle(title, y=1, va="bottom")
     return grid.figure
-
-
-def attention_title(attention, log):
-    num_windows = attention.window.nunique()
-    return f"{describe(log)}\nattention in {num_windows} windows of K = {ATTENTION_CONTEXT}"
 
 
 def distance_gaps(attention):
     """How far the attention distance of each run, block and window is from the first epoch's.
 
-    It is a mean over the heads. A run's rows are in the order of its epochs.
+    The distance is a mean over the heads. A run's rows are in the order of its epochs.
     """
     keys = ["label", "block", "window"]
     distances = attention.groupby([*keys, "epoch"], sort=False).distance.mean().reset_index()
-    first = distances.groupby(keys).transform("first")
+    first = distances.groupby(keys)[["epoch", "distance"]].transform("first")
     gaps = distances.assign(gap=(distances.distance - first.distance).abs())
     return gaps[gaps.epoch != first.epoch]
 
 
-def plot_attention_gaps(attention, log):
+def plot_attention_gaps(attention, palette, title):
     """How much the attention distance of the windows has changed, per block (Fig. 10).
 
     Whiskers reach 1.5 interquartile ranges, as in the paper. There, blocks of ImageGPT are averaged
@@ -1088,7 +1086,7 @@ def plot_attention_gaps(attention, log):
         x="block",
         y="gap",
         hue="label",
-        palette=colors_of(log),
+        palette=palette,
         col="epoch",
         kind="box",
         whis=1.5,
@@ -1099,12 +1097,12 @@ def plot_attention_gaps(attention, log):
     )
     grid.set_titles("from the first epoch measured to epoch {col_name}")
     grid.set_axis_labels("block", "change of the attention distance (tokens)")
-    grid.figure.suptitle(attention_title(attention, log), y=1, va="bottom")
+    grid.figure.suptitle(title, y=1, va="bottom")
     return grid.figure
 
 
-def plot_attention_heads(attention, log):
-    """Attention distance and weight on the own token, a dot for each head (as in Dosovitskiy)."""
+def plot_attention_heads(attention, palette, title):
+    """Attention distance and weight on the own token, a dot a head (Dosovitskiy et al. 2020)."""
     heads = attention.groupby(["label", "epoch", "block", "head"], sort=False)
     means = heads[["distance", "own_token"]].mean().reset_index()
     grid = sns.relplot(
@@ -1112,16 +1110,16 @@ def plot_attention_heads(attention, log):
         x="block",
         y="value",
         hue="label",
-        palette=colors_of(log),
+        palette=palette,
         row="variable",
         col="epoch",
         height=3.5,
-        facet_kws={"sharey": "row", "sharex": False},
+        facet_kws={"sharey": "row"},
     )
     grid.set_titles("epoch {col_name}")
     grid.axes[0, 0].set_ylabel("attention distance (tokens)")
     grid.axes[1, 0].set_ylabel("weight on the own token")
-    grid.figure.suptitle(attention_title(attention, log), y=1, va="bottom")
+    grid.figure.suptitle(title, y=1, va="bottom")
     return grid.figure
 
 
@@ -1135,12 +1133,12 @@ SETTINGS = ["env", "dataset", "backbone", "K", "head_std", "max_grad_norm", "see
 def read_logs(folders):
     """The log.csv of several runs, one below the other.
 
-    A run is called by its path below runs/, as two studies may both have a `random`. Figures call
-    it by its `label`, which is unique: the backbone, and what else is not the same for all.
+    Runs keep the order of `folders`. A run is called by its path below runs/; figures call it by
+    its `label`, which is unique: the backbone, and what else is not the same for all.
     """
     logs = []
     for folder in folders:
-        with explain(f"{folder} is no folder of a run"):
+        with exit_on_error(f"{folder} is no folder of a run"):
             log = pd.read_csv(folder / "log.csv")
         logs.append(log.assign(run=str(folder).removeprefix("runs/")))
     log = pd.concat(logs, ignore_index=True)
@@ -1167,8 +1165,8 @@ def describe(log):
 # Utilities: arguments, files, errors
 # ==================================================================================================
 @contextmanager
-def explain(what):
-    """End with one sentence, `what` and the error, where a library fails at what a user brought."""
+def exit_on_error(what):
+    """Exit with one sentence, `what` and the error, if the code inside fails."""
     try:
         yield
     except Exception as error:
@@ -1179,7 +1177,8 @@ def explain(what):
 def complete_arguments(args, subject):
     """Fill in what was not given and depends on others; returns the folder of the run.
 
-    `subject` stands in its name. From here on Ctrl-C ends in a sentence that says how to go on.
+    `subject` becomes part of the run's name. From here on Ctrl-C ends in a sentence that says how
+    to go on.
     """
     env_name = args.env.split("-v")[0]
     if env_name not in TASKS and None in (args.dataset, args.target_return):
@@ -1188,19 +1187,21 @@ def complete_arguments(args, subject):
         )
     if args.sample and not ASSETS.is_dir():
         sys.exit(f"--sample needs {ASSETS}, which comes with the repository.")
-    with explain(f"--device {args.device} cannot be used"):
+    if args.device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each process
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    with exit_on_error(f"--device {args.device} cannot be used"):
         torch.zeros(1, device=args.device)
-    if args.dataset is None:
+    if args.dataset is None and args.sample:
+        args.dataset = f"sample/{env_name.lower()}/medium-v0"
+    elif args.dataset is None:
         args.dataset = TASKS[env_name].dataset
-        if args.sample:
-            args.dataset = f"sample/{env_name.lower()}/medium-v0"
     if args.target_return is None:
         args.target_return = TASKS[env_name].target_return
     if args.run_name is None:
         script = Path(__file__).stem
         args.run_name = f"{args.env}__{script}__{subject}__{args.seed}__{time.time_ns()}"
-    goes_on = f"Interrupted; the same command with --run-name {args.run_name} goes on."
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(goes_on))
+    message = f"Interrupted; the same command with --run-name {args.run_name} goes on."
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(message))
     return Path("runs") / args.run_name
 
 
@@ -1218,17 +1219,17 @@ def check_arguments(args, earlier, folder):
 
 
 def read_checkpoint(path, device):
-    with explain(f"{path} is missing or damaged"):
+    with exit_on_error(f"{path} is missing or damaged"):
         # weights_only: a checkpoint is data, and must not be able to run code.
         return torch.load(path, map_location=device, weights_only=True)
 
 
 def load_model(path, device):
-    """The model of a checkpoint in evaluation mode, and the Args of its run, both on `device`."""
+    """The model of a checkpoint in evaluation mode, and its run's Args, with this `device`."""
     checkpoint = read_checkpoint(path, device)
     architecture = checkpoint["architecture"]
-    blocks = [BlockConfig(**config) for config in architecture.pop("blocks")]
-    model = DecisionTransformer(blocks, **architecture).to(device)
+    configs = [BlockConfig(**config) for config in architecture.pop("configs")]
+    model = DecisionTransformer(configs, **architecture).to(device)
     model.load_state_dict(checkpoint["model"])
     args = Args(**checkpoint["args"])
     return model.eval(), replace(args, device=device)
@@ -1253,26 +1254,23 @@ if __name__ == "__main__":
     )
     analysis = config.analysis
     args = config.training
-    folder = complete_arguments(args, "runs" if analysis.runs else Path(args.backbone).name)
+    subject = "runs" if analysis.runs else Path(args.backbone).name
+    folder = complete_arguments(args, subject)
     folders = list(dict.fromkeys(analysis.runs))  # each once
     if not folders:
         backbone = load_backbone(args)
-        # All that could end the script after the training ends it before.
-        last_block = len(backbone.blocks) - 1
+        # What cannot be trained or analyzed is refused before any training.
+        last_block = len(backbone.configs) - 1
         if max(analysis.replace_blocks, default=0) > last_block:
             sys.exit(f"--replace-blocks: --backbone {args.backbone} has blocks 0 to {last_block}.")
-        if max(analysis.attention_epochs, default=0) > args.num_epochs:
-            sys.exit(f"--attention-epochs: the last is {args.num_epochs} (--num-epochs).")
-        draw_windows(args, analysis.attention_windows, args.seed)  # that there are enough
-
-        args.save_epochs += analysis.attention_epochs
+        draw_windows(args, analysis.attention_windows, args.seed)  # exits if there are too few
         if not analysis.replace_blocks:
             train(args, folder, backbone)
             folders.append(folder)
         for number in analysis.replace_blocks:
             folders.append(folder / f"block_{number}")
-            # train() gives what is called random... Adam's epsilon of random models, as the
-            # released code does here. [experiment.py#L354]
+            # With a name that begins with "random", so that train takes AdamW's epsilon of random
+            # models, as the released code does here. [experiment.py#L354]
             mixed_args = replace(args, backbone=f"random with block {number} of {args.backbone}")
             train(mixed_args, folders[-1], mixed_backbone(args, backbone, number))
     if int(os.environ.get("RANK", 0)) > 0:
@@ -1280,7 +1278,10 @@ if __name__ == "__main__":
 
     folder.mkdir(parents=True, exist_ok=True)
     log = read_logs(folders)
-    figures = {"learning_curves": plot_learning_curves(log)}
+    # The palette for the color-blind has ten colors; GPT-2 has twelve blocks to replace.
+    palette = "colorblind" if len(folders) <= 10 else "viridis"
+    title = describe(log)
+    figures = {"learning_curves": plot_learning_curves(log, palette, title)}
     if analysis.attention_windows > 0:
         tables = []
         progress = tqdm(folders, desc="attention", unit="run")
@@ -1289,9 +1290,10 @@ if __name__ == "__main__":
             tables.append(table.assign(run=run, label=label))
         attention = pd.concat(tables, ignore_index=True)
         attention.to_csv(folder / "attention.csv", index=False)
-        figures["attention_heads"] = plot_attention_heads(attention, log)
-        if attention.epoch.nunique() > 1:
-            figures["attention_gaps"] = plot_attention_gaps(attention, log)
+        title += f"\nattention in {analysis.attention_windows} windows of K = {ATTENTION_CONTEXT}"
+        figures["attention_heads"] = plot_attention_heads(attention, palette, title)
+        if not distance_gaps(attention).empty:  # two epochs or more were kept
+            figures["attention_gaps"] = plot_attention_gaps(attention, palette, title)
         distances = attention.pivot_table(
             values="distance", index=["label", "epoch"], columns="block", sort=False
         )
@@ -1299,7 +1301,7 @@ if __name__ == "__main__":
     for name, figure in figures.items():
         save_figure(figure, folder / f"{name}.png", log.step.max())
 
-    # The last epoch of each run, and its best score.
+    # The last epoch of each run, and the run's best score.
     columns = ["score", "return", "loss", "saturated_fraction"]
     epochs = log[log.epoch > 0].groupby(["label", "epoch"], sort=False)[columns].mean()
     by_run = epochs.groupby("label", sort=False)

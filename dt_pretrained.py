@@ -2,12 +2,13 @@
 
     python dt_pretrained.py --sample                          # bundled inputs, two CPU cores
     python dt_pretrained.py --backbone gpt2 --env Hopper-v4   # fetches GPT-2 and data, wants a GPU
-    torchrun --nproc-per-node 4 dt_pretrained.py ...          # several GPUs
+    torchrun --nproc-per-node 4 dt_pretrained.py ...          # several GPUs, once all is fetched
 
 A Decision Transformer reads an episode as a sequence of returns-to-go, states and actions and
 learns to predict the actions, by their squared error. Then it is asked for a high return, and
 plays. Its Transformer starts as a GPT-2, as an ImageGPT or at random; all of it is trained. Begin
-to read at DecisionTransformer, then train. The other three scripts are this one and an analysis.
+to read at DecisionTransformer, then train. Each of the other three scripts repeats this one, word
+for word, and adds an analysis.
 
 Paper: S. Takagi, "On the Effect of Pre-training for Transformer in Different Modality on Offline
 Reinforcement Learning", NeurIPS 2022, https://arxiv.org/abs/2211.09817 (section 4, Table 1).
@@ -22,7 +23,7 @@ import json
 import math
 import os
 
-os.environ["MPLBACKEND"] = "agg"  # Jupyter and Colab name one that only their kernel has
+os.environ["MPLBACKEND"] = "agg"  # Jupyter and Colab set one that only their kernels have
 import signal
 import sys
 import time
@@ -68,15 +69,15 @@ ASSETS = Path(__file__).resolve().parent / "tests" / "assets"
 class Args:
     # Starting point and data
     backbone: str = "gpt2"
-    """gpt2, igpt, igpt-as-gpt2 (the paper's way of loading ImageGPT), random (the paper's control:
-    one head, ReLU), random-gpt2 (GPT-2's architecture), a hub id or folder; with --sample also
-    markov (trained on a Markov chain's sequences)"""
+    """gpt2, igpt, igpt-as-gpt2 (ImageGPT's weights in GPT-2's blocks, as in the paper), random (the
+    paper's control: one head, ReLU), random-gpt2 (GPT-2's architecture), a hub id or folder; with
+    --sample also markov (trained on a Markov chain's sequences)"""
     env: str = "Hopper-v4"
     """Hopper, HalfCheetah or Walker2d, -v4 or -v5; others need --dataset and --target-return"""
     dataset: str | None = None
-    """Minari id or folder, or D4RL file; by default mujoco/{hopper,halfcheetah,...}/medium-v0"""
+    """Minari id or folder, or D4RL's .hdf5 file; by default mujoco/{hopper,...}/medium-v0"""
     sample: bool = False
-    """bundled data and small backbones, and sizes for two CPU cores where none are given"""
+    """bundled data, small backbones and other defaults (SAMPLE), for two CPU cores"""
 
     # Model
     context_length: PositiveInt = 20
@@ -84,15 +85,14 @@ class Args:
     dropout: float = Field(0.2, ge=0, lt=1)
     """on the residual branches; on attention weights and the backbone's input it is at most 0.1"""
     head_std: PositiveFloat | None = None
-    """standard deviation of the initial weights of the action embedding, which are those of the
-    action head too; None is the paper's, nn.Linear's default, with which the tanh of the actions
-    starts saturated: on Hopper it sees a deviation of 9 (try 0.02)"""
+    """standard deviation of the initial weights that action embedding and action head share (try
+    0.02); None is nn.Linear's default, as in the paper: the head's tanh starts saturated"""
     return_scale: PositiveFloat = 1000
     """returns-to-go are divided by this: take about the size of a return of your data"""
 
     # Optimization
     batch_size: PositiveInt = 64
-    """windows per training step, of all processes together"""
+    """windows of K steps per training step, of all processes together"""
     learning_rate: PositiveFloat = 1e-4
     """of AdamW, after the warm-up"""
     weight_decay: NonNegativeFloat = 1e-4
@@ -122,7 +122,7 @@ class Args:
     )
     """of matrix products; weights are always float32"""
     compile: bool = torch.cuda.is_available()
-    """torch.compile the model"""
+    """torch.compile the model, for a GPU"""
     save_epochs: tuple[NonNegativeInt, ...] = (0, 1, 4)
     """epochs whose model is kept, 0 being before training; the last is always kept"""
     capture_video: bool = False
@@ -181,7 +181,7 @@ class BlockConfig:
 
 
 class Conv1D(nn.Module):
-    """A linear layer, by the name and with the weight [in, out] that GPT-2's checkpoints have."""
+    """A linear layer whose weight is [in, out], as in GPT-2's checkpoints; transformers' name."""
 
     def __init__(self, n_in, n_out):
         super().__init__()
@@ -198,7 +198,7 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        # The released code has 0.1, whatever the other dropout is. Here 0 switches both off.
+        # The released code always has 0.1; here --dropout 0 switches this off, too.
         # [decision_transformer/models/decision_transformer.py#L44]
         self.attention_dropout = min(0.1, config.dropout)
         self.c_attn = Conv1D(config.n_embd, 3 * config.n_embd)
@@ -261,17 +261,17 @@ class DecisionTransformer(nn.Module):
     not used: a learned embedding of the time step is all that a token knows about its position.
     """
 
-    def __init__(self, blocks, final_norm, state_dim, act_dim, max_timestep):
+    def __init__(self, configs, final_norm, state_dim, act_dim, max_timestep):
         super().__init__()
-        width = blocks[0].n_embd
+        width = configs[0].n_embd
         self.architecture = {  # what load_model needs to build this model again
-            "blocks": [asdict(block) for block in blocks],
+            "configs": [asdict(config) for config in configs],
             "final_norm": final_norm,
             "state_dim": state_dim,
             "act_dim": act_dim,
             "max_timestep": max_timestep,
         }
-        # Of the data's states, so that a checkpoint can be played without the data.
+        # evaluate normalizes states by these, so that a checkpoint can be played without the data.
         self.register_buffer("state_mean", torch.zeros(state_dim))
         self.register_buffer("state_std", torch.ones(state_dim))
         self.embed_timestep = nn.Embedding(max_timestep, width)
@@ -281,20 +281,20 @@ class DecisionTransformer(nn.Module):
         self.embed_ln = nn.LayerNorm(width)
         self.transformer = nn.ModuleDict(
             {
-                "drop": nn.Dropout(min(0.1, blocks[0].dropout)),
-                "h": nn.ModuleList([Block(config) for config in blocks]),
-                "ln_f": LAYER_NORMS[final_norm](width, eps=blocks[0].epsilon),
+                "drop": nn.Dropout(min(0.1, configs[0].dropout)),
+                "h": nn.ModuleList([Block(config) for config in configs]),
+                "ln_f": LAYER_NORMS[final_norm](width, eps=configs[0].epsilon),
             }
         )
         # The residual branches start small, the more so the more there are, as in GPT-2.
         # [decision_transformer/models/trajectory_gpt2.py#L525]
         for name, weight in self.transformer.h.named_parameters():
             if name.endswith("c_proj.weight"):
-                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * len(blocks)))
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * len(configs)))
 
     def embed(self, returns_to_go, states, actions, timesteps):
         """The tokens R_1 s_1 a_1 R_2 s_2 a_2 ... that enter the first block, [batch, 3K, width]."""
-        # Not in bf16, where returns of 3.600 and 3.601 are the same number.
+        # In float32: in bf16 returns of 3.600 and 3.601 are the same number.
         with torch.autocast(states.device.type, enabled=False):
             return_tokens = self.embed_return(returns_to_go)
             state_tokens = self.embed_state(states)
@@ -319,7 +319,7 @@ class DecisionTransformer(nn.Module):
         x = self.transformer.ln_f(x)
         # The token of s_t predicts a_t: it has seen R_t and s_t, but not a_t itself.
         at_states = x[:, 1::3]  # [batch, K, width]
-        # Not in bf16, where tanh(3.6) is rounded to 1, so that its gradient 1 - tanh² is 0.
+        # In float32: in bf16 tanh(3.6) is rounded to 1, and its gradient 1 - tanh² to 0.
         with torch.autocast(states.device.type, enabled=False):
             # The action head is the embedding's matrix [width, act_dim] again, without a bias:
             # --share_input_output_proj of the released commands.
@@ -344,8 +344,8 @@ BUNDLED = {  # what --sample takes instead, under tests/assets
 
 
 class Backbone(NamedTuple):
-    blocks: list[BlockConfig]
-    final_norm: str
+    configs: list[BlockConfig]  # of its blocks
+    final_norm: str  # the blocks' layer_norm, but where dt_no_context.py replaces one
     weights: dict[str, torch.Tensor]  # by their names under model.transformer; none if random
 
 
@@ -355,31 +355,31 @@ def load_backbone(args):
         # GPT-2 small's size, or that of the bundled GPT-2.
         num_blocks = 4 if args.sample else 12
         width = 128 if args.sample else 768
-        block = BlockConfig(
+        config = BlockConfig(
             n_embd=width,
-            n_head=num_blocks,  # as many as there are blocks
+            n_head=4 if args.sample else 12,
             n_inner=4 * width,
             activation="gelu_new",
             dropout=args.dropout,
         )
         if args.backbone == "random":
             # The paper's control is not GPT-2's architecture. [experiment.py#L469]
-            block = replace(block, n_head=1, activation="relu")
-        return Backbone([block] * num_blocks, "layernorm", weights={})
+            config = replace(config, n_head=1, activation="relu")
+        return Backbone([config] * num_blocks, "layernorm", weights={})
 
     source = HUB_IDS.get(args.backbone, args.backbone)
     if args.sample and args.backbone in BUNDLED:
         source = str(ASSETS / BUNDLED[args.backbone])
-    model, block = read_pretrained(source, args.dropout)
+    model, config = read_pretrained(source, args.dropout)
     if args.backbone == "igpt-as-gpt2":
         # The released code puts ImageGPT's weights into GPT-2's blocks, whose LayerNorm subtracts
         # the mean and adds a bias, new and zero.
         # [decision_transformer/models/decision_transformer.py#L46]
-        block = replace(block, layer_norm="layernorm")
+        config = replace(config, layer_norm="layernorm")
     weights = model.state_dict()
     for name in ("wte.weight", "wpe.weight"):  # word and position embeddings are not used
         del weights[name]
-    return Backbone([block] * len(model.h), block.layer_norm, weights)
+    return Backbone([config] * len(model.h), config.layer_norm, weights)
 
 
 def read_pretrained(source, dropout):
@@ -392,46 +392,46 @@ def read_pretrained(source, dropout):
     import transformers  # here, because it takes seconds and random weights do not need it
 
     transformers.logging.set_verbosity_error()
-    with explain(
+    with exit_on_error(
         f"--backbone {source} cannot be used; it takes {', '.join(HUB_IDS)}, random, random-gpt2 "
         "or the hub id or folder of a GPT-2 or ImageGPT; --sample needs no network"
     ):
         # The configuration first: a Llama is refused before its 14 GB are fetched.
-        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-        if config.model_type not in ("gpt2", "imagegpt"):
-            raise ValueError(f"it is a {config.model_type}")
+        theirs = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if theirs.model_type not in ("gpt2", "imagegpt"):
+            raise ValueError(f"it is a {theirs.model_type}")
         model, report = transformers.AutoModel.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True
         )
-        # transformers would draw them at random.
+        # Missing weights, which transformers would draw at random.
         missing = [name for name in report["missing_keys"] if name.startswith(("h.", "ln_f."))]
         if missing:
             raise ValueError(f"weights are missing: {missing[:3]}")
-        block = BlockConfig(
-            n_embd=config.n_embd,
-            n_head=config.n_head,
-            n_inner=config.n_inner or 4 * config.n_embd,
-            activation=config.activation_function,
-            layer_norm="rmsnorm" if config.model_type == "imagegpt" else "layernorm",
-            epsilon=config.layer_norm_epsilon,
+        config = BlockConfig(
+            n_embd=theirs.n_embd,
+            n_head=theirs.n_head,
+            n_inner=theirs.n_inner or 4 * theirs.n_embd,
+            activation=theirs.activation_function,
+            layer_norm="rmsnorm" if theirs.model_type == "imagegpt" else "layernorm",
+            epsilon=theirs.layer_norm_epsilon,
             dropout=dropout,
         )
-        check_outputs(model, block)
-    return model, block
+        check_outputs(model, config)
+    return model, config
 
 
 @torch.no_grad()
-def check_outputs(theirs, block):
+def check_outputs(theirs, config):
     """Raise if transformers' model and our blocks with its weights differ in what they compute.
 
     This runs on every start from a checkpoint: whatever another GPT-2 does that our blocks do not
     (cross-attention, other scaling, ...) shows here, and so would an error of ours.
     """
-    ours = nn.Sequential(*[Block(block) for _ in theirs.h]).eval()
+    ours = nn.Sequential(*[Block(config) for _ in theirs.h]).eval()
     ours.load_state_dict(theirs.h.state_dict())
-    theirs.wpe.weight.zero_()  # the position embedding, which is not used here
+    theirs.wpe.weight.zero_()  # the position embedding, which load_backbone drops
     theirs.config.is_decoder = True  # without it transformers 5 gives ImageGPT no causal mask
-    x = torch.randn(1, 16, block.n_embd)  # [batch, tokens, width]
+    x = torch.randn(1, 16, config.n_embd)  # [batch, tokens, width]
     expected = theirs(inputs_embeds=x, use_cache=False).last_hidden_state
     torch.testing.assert_close(
         theirs.ln_f(ours(x)),
@@ -452,8 +452,8 @@ class Task(NamedTuple):
     expert_return: float
 
 
-# Minari's medium data were recorded by other policies than D4RL's, which the paper has used: for
-# numbers beside the paper's give --dataset hopper_medium-v2.hdf5.
+# Minari's medium data were recorded by other policies than D4RL's, which the paper has used: to
+# compare with the paper give D4RL's file, as --dataset hopper_medium-v2.hdf5.
 TASKS = {
     "Hopper": Task("mujoco/hopper/medium-v0", 3600, -20.272305, 3234.3),
     "HalfCheetah": Task("mujoco/halfcheetah/medium-v0", 6000, -280.178953, 12135.0),
@@ -486,7 +486,9 @@ def read_d4rl(path):
         # An episode ends where the policy failed, or where the time was up.
         is_last = file["terminals"][()].astype(bool) | file["timeouts"][()].astype(bool)
         ends = np.flatnonzero(is_last) + 1
-        columns = [np.split(file[name][()], ends)[:-1] for name in Episode._fields]
+        columns = []
+        for name in ("observations", "actions", "rewards"):
+            columns.append(np.split(file[name][()], ends)[:-1])
     return [Episode(*column) for column in zip(*columns)]
 
 
@@ -504,9 +506,9 @@ def read_minari(dataset, env_id):
     # Without these Minari would make the environment that the file names: it would run code.
     if not metadata.get("observation_space") or not metadata.get("action_space"):
         sys.exit(f"{folder} does not say what its observations and actions are: it is not opened.")
-    # Minari keeps the name of an environment without the module that it came from.
-    env_id = env_id.split(":")[-1]
-    recorded_in = json.loads(metadata.get("env_spec") or "{}").get("id", env_id).split(":")[-1]
+    env_id = env_id.split(":")[-1]  # Minari keeps it without the module that it came from
+    spec = json.loads(metadata.get("env_spec") or "{}")  # not all data sets have one
+    recorded_in = spec.get("id", env_id)
     if recorded_in.split("-v")[0] != env_id.split("-v")[0]:
         sys.exit(f"{folder} was recorded in {recorded_in}, not in {env_id}.")
     if recorded_in != env_id:  # Hopper and HalfCheetah behave alike in -v4 and -v5, Walker2d not
@@ -525,7 +527,7 @@ def load_episodes(args, env):
     [experiment.py#L172]
     """
     name = f"--dataset {args.dataset}"
-    with explain(
+    with exit_on_error(
         f"{name} is no D4RL file and no folder or id of Minari that can be read; if a download was "
         f"cut, delete its folder under {get_dataset_path()}; --sample needs no network"
     ):
@@ -550,15 +552,15 @@ class OfflineData:
         observations = np.concatenate([episode.observations for episode in episodes])
         actions = np.concatenate([episode.actions for episode in episodes])
         mean = observations.mean(axis=0, dtype=np.float64)
-        std = observations.std(axis=0, dtype=np.float64) + 1e-6  # [experiment.py#L151]
+        std = observations.std(axis=0, dtype=np.float64)
         # What is constant in the data need not be so in the environment: divided by 1e-6, as the
         # released code does, it would be huge. Hopper, HalfCheetah and Walker2d have no such state.
-        std[std < 2e-6] = 1
+        std = np.where(std < 1e-6, 1, std + 1e-6)  # [experiment.py#L151]
         # The return-to-go of a step is the undiscounted sum of its reward and of all later ones.
         rewards = [episode.rewards.astype(np.float64) for episode in episodes]
         returns_to_go = np.concatenate([r[::-1].cumsum()[::-1] for r in rewards])
         timesteps = np.concatenate([np.arange(length) for length in lengths])
-        # For each transition, one past the index of the last one of its episode.
+        # For each transition, where the next episode begins.
         episode_ends = np.repeat(np.cumsum(lengths), lengths)
 
         def float_tensor(values):
@@ -575,7 +577,7 @@ class OfflineData:
     def windows(self, starts, context_length):
         """The Windows of K steps from the transitions `starts` [batch] on, by an index lookup.
 
-        The released code cuts one after the other and sums its return-to-go up anew.
+        The released code cuts window after window and sums each return-to-go anew.
         [experiment.py#L199]
         """
         index = starts[:, None] + torch.arange(context_length, device=starts.device)  # [batch, K]
@@ -593,7 +595,8 @@ class OfflineData:
 # ==================================================================================================
 # Evaluation
 # ==================================================================================================
-# The paper used -v3, which gymnasium no longer has; -v4 is its successor. [experiment.py#L99]
+# The paper used -v3. gymnasium has -v4, its successor, and warns that it is out of date.
+# [experiment.py#L99]
 warnings.filterwarnings("ignore", message=".*is out of date.*")
 
 
@@ -608,15 +611,15 @@ mujoco.set_mju_user_warning(warn_of_mujoco)
 
 def make_env(args, num_copies, **options):
     """A gymnasium vector environment of `num_copies` copies of `args.env`."""
-    with explain(f"--env {args.env} cannot be made"):
+    with exit_on_error(f"--env {args.env} cannot be made"):
         # In one process: a step of MuJoCo takes less time than to pass it to another.
         env = gym.make_vec(args.env, num_copies, vectorization_mode="sync", **options)
     states = env.single_observation_space
     actions = env.single_action_space
     if not isinstance(states, gym.spaces.Box) or len(states.shape) != 1:
-        sys.exit(f"{args.env} has observations {states}; the model's are vectors.")
+        sys.exit(f"{args.env} has observations {states}; the model takes vectors.")
     if actions != gym.spaces.Box(-1, 1, actions.shape, actions.dtype):
-        sys.exit(f"{args.env} has actions {actions}; the model's are continuous, from -1 to 1.")
+        sys.exit(f"{args.env} has actions {actions}; the model's are vectors from -1 to 1.")
     return env
 
 
@@ -632,17 +635,17 @@ def evaluate(model, env, args):
 
     Returns the undiscounted returns and the lengths of the episodes, both [episodes]. The model is
     asked for `args.target_return`, which then falls by each reward, and sees the last K steps.
-    The released code plays one episode at a time, and others in each evaluation.
+    The released code plays one episode at a time, and different ones in each evaluation.
     [decision_transformer/evaluation/evaluate_episodes.py#L112]
     """
     model.eval()
     num_episodes = env.num_envs
     horizon = env.spec.max_episode_steps or 1000
 
-    # What the model has seen and done, filled in step by step; a_t is 0 until it is predicted.
     def zeros(*shape):
         return torch.zeros(num_episodes, horizon, *shape, device=args.device)
 
+    # What the model has seen and done, filled in step by step; a_t is 0 until it is predicted.
     returns_to_go = zeros(1)
     states = zeros(*env.single_observation_space.shape)
     actions = zeros(*env.single_action_space.shape)
@@ -655,10 +658,11 @@ def evaluate(model, env, args):
     for t in tqdm(range(horizon), desc="evaluation", unit="step", leave=False):
         observations = torch.as_tensor(np.float32(observations), device=args.device)
         states[:, t] = (observations - model.state_mean) / model.state_std
-        # What has been received need not be asked for again.
+        # The return that is still to come.
         to_go = (args.target_return - episode_returns) / args.return_scale
         returns_to_go[:, t, 0] = torch.as_tensor(np.float32(to_go), device=args.device)
-        rows = torch.as_tensor(np.flatnonzero(running), device=args.device)  # saves time
+        # Only episodes that go on are predicted, which saves time.
+        rows = torch.as_tensor(np.flatnonzero(running), device=args.device)
         context = slice(max(0, t - args.context_length + 1), t + 1)
         with autocast(args):
             predicted = model(
@@ -695,12 +699,14 @@ def normalized_score(env_id, episode_return):
 # ==================================================================================================
 # Training
 # ==================================================================================================
-METRICS = ("loss", "saturated_fraction", "grad_norm", "clipped_fraction")  # of each training step
+# Of each training step, in the order in which train collects them.
+METRICS = ("loss", "saturated_fraction", "grad_norm", "clipped_fraction")
 
 
 def training_loss(model, windows):
-    """Mean squared error of the actions, and the share of them beyond ±0.99, where tanh is flat.
+    """Mean squared error of the actions, and the share of predicted ones beyond ±0.99.
 
+    There tanh is flat, so that hardly any gradient passes.
     Both are means over the valid steps and the action dimensions.
     """
     predicted = model(windows.returns_to_go, windows.states, windows.actions, windows.timesteps)
@@ -716,7 +722,7 @@ def make_model(args, backbone, data, max_timestep):
     """The Decision Transformer before fine-tuning: `backbone`, and the rest drawn from the seed."""
     torch.manual_seed(args.seed)
     model = DecisionTransformer(
-        backbone.blocks,
+        backbone.configs,
         backbone.final_norm,
         state_dim=data.states.shape[1],
         act_dim=data.actions.shape[1],
@@ -745,8 +751,6 @@ def train(args, folder, backbone):
     rank = int(os.environ.get("RANK", 0))
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     if num_processes > 1 and not torch.distributed.is_initialized():
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # The others wait while the first process evaluates.
         torch.distributed.init_process_group(timeout=timedelta(hours=12))
 
@@ -759,7 +763,8 @@ def train(args, folder, backbone):
         model.parameters(),
         lr=args.learning_rate,
         weight_decay=args.weight_decay,
-        # Two, as the released code takes one library's optimizer or the other's. [utils.py#L60]
+        # The released code takes transformers' AdamW for pre-trained weights, else torch's, with
+        # their defaults. [utils.py#L60]
         eps=1e-8 if args.backbone.startswith("random") else 1e-6,
         fused=True,
     )
@@ -778,7 +783,7 @@ def train(args, folder, backbone):
         log = checkpoint["log"]
         print(f"{folder} goes on after epoch {checkpoint['epoch']}.")
 
-    # The same parameters, as training uses them: compiled for a GPU, or shared by processes.
+    # The same parameters, as training uses them: compiled for a GPU, shared by processes.
     training_model = model
     if args.compile:
         training_model = torch.compile(training_model, mode="reduce-overhead")  # CUDA graphs
@@ -789,6 +794,7 @@ def train(args, folder, backbone):
 
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
+        # What a run that was killed has logged after its checkpoint is purged.
         writer = SummaryWriter(folder, purge_step=step + 1 if log else 0, flush_secs=10)
         writer.add_text("hyperparameters", pd.Series(asdict(args)).to_frame("value").to_html())
 
@@ -814,7 +820,7 @@ def train(args, folder, backbone):
             unit="step",
             disable=rank > 0 or epoch == 0,
         )
-        for i, window_starts in enumerate(progress):
+        for i, window_starts in enumerate(progress, start=1):
             # The learning rate rises linearly, then stays. [experiment.py#L400]
             learning_rate = args.learning_rate * min((step + 1) / max(1, args.warmup_steps), 1)
             for group in optimizer.param_groups:
@@ -824,18 +830,20 @@ def train(args, folder, backbone):
             with autocast(args):
                 loss, saturated_fraction = training_loss(training_model, windows)
             loss.backward()
-            # Here the gradient is clipped. Taken as one vector over all parameters, it is shortened
-            # to max_grad_norm if it is longer; its direction stays. The norm returned is the one
+            # Here the gradient is clipped: as one vector over all parameters, it is shortened to
+            # max_grad_norm if it is longer; its direction stays. The norm returned is the one
             # before that. [decision_transformer/training/seq_trainer.py#L84]
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             step += 1
 
+            if rank > 0:
+                continue  # the first process reports, of its own windows
             # Metrics stay on the device; to read them here would wait for it in every step.
             clipped = (grad_norm > args.max_grad_norm).float()
             metrics.append(torch.stack([loss.detach(), saturated_fraction, grad_norm, clipped]))
-            if rank == 0 and ((i + 1) % log_interval == 0 or i + 1 == num_steps):
+            if i % log_interval == 0 or i == num_steps:
                 means = dict(zip(METRICS, torch.stack(metrics).mean(dim=0).tolist()))
                 metrics = []
                 if not math.isfinite(means["loss"]):
@@ -880,7 +888,7 @@ def train(args, folder, backbone):
         }
         if epoch in args.save_epochs or epoch == args.num_epochs:
             torch.save(checkpoint, folder / f"epoch_{epoch}.pt")
-        # The best of 40 noisy evaluations flatters, but it is what the paper reports.
+        # The best of 40 noisy evaluations is biased upwards, but it is what the paper reports.
         mean_returns = frame[frame.epoch > 0].groupby("epoch")["return"].mean()
         if epoch > 0 and mean_returns.idxmax() == epoch:
             torch.save(checkpoint, folder / "best.pt")
@@ -927,26 +935,27 @@ def plot_learning_curve(log, args):
 def capture_video(checkpoint_path, gif_path, args):
     """Play the first evaluation episode with the model of a checkpoint and keep it as a GIF."""
     if sys.platform == "linux":
-        os.environ.setdefault("MUJOCO_GL", "egl")  # needs no screen
+        os.environ.setdefault("MUJOCO_GL", "egl")  # needs no screen; read when drawing begins
     options = {"width": 240, "height": 240, "camera_name": "track"}  # the camera follows
     env = make_env(args, 1, render_mode="rgb_array_list", **options)
-    with explain(
+    with exit_on_error(
         "--capture-video cannot render; on Linux it needs EGL (Debian: libegl1), or MUJOCO_GL set "
         "to a renderer that is there"
     ):
         env.reset()  # draws the first picture
     model, _ = load_model(checkpoint_path, args.device)
     evaluate(model, env, args)
-    stride = max(1, env.metadata["render_fps"] // 25)  # 25 pictures a second are enough
-    imageio.imwrite(gif_path, env.render()[0][::stride], duration=40, loop=0)
+    fps = env.metadata["render_fps"]
+    stride = max(1, fps // 25)  # 25 pictures a second are enough
+    imageio.imwrite(gif_path, env.render()[0][::stride], duration=1000 * stride / fps, loop=0)
 
 
 # ==================================================================================================
 # Utilities: arguments, files, errors
 # ==================================================================================================
 @contextmanager
-def explain(what):
-    """End with one sentence, `what` and the error, where a library fails at what a user brought."""
+def exit_on_error(what):
+    """Exit with one sentence, `what` and the error, if the code inside fails."""
     try:
         yield
     except Exception as error:
@@ -957,7 +966,8 @@ def explain(what):
 def complete_arguments(args, subject):
     """Fill in what was not given and depends on others; returns the folder of the run.
 
-    `subject` stands in its name. From here on Ctrl-C ends in a sentence that says how to go on.
+    `subject` becomes part of the run's name. From here on Ctrl-C ends in a sentence that says how
+    to go on.
     """
     env_name = args.env.split("-v")[0]
     if env_name not in TASKS and None in (args.dataset, args.target_return):
@@ -966,19 +976,21 @@ def complete_arguments(args, subject):
         )
     if args.sample and not ASSETS.is_dir():
         sys.exit(f"--sample needs {ASSETS}, which comes with the repository.")
-    with explain(f"--device {args.device} cannot be used"):
+    if args.device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each process
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    with exit_on_error(f"--device {args.device} cannot be used"):
         torch.zeros(1, device=args.device)
-    if args.dataset is None:
+    if args.dataset is None and args.sample:
+        args.dataset = f"sample/{env_name.lower()}/medium-v0"
+    elif args.dataset is None:
         args.dataset = TASKS[env_name].dataset
-        if args.sample:
-            args.dataset = f"sample/{env_name.lower()}/medium-v0"
     if args.target_return is None:
         args.target_return = TASKS[env_name].target_return
     if args.run_name is None:
         script = Path(__file__).stem
         args.run_name = f"{args.env}__{script}__{subject}__{args.seed}__{time.time_ns()}"
-    goes_on = f"Interrupted; the same command with --run-name {args.run_name} goes on."
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(goes_on))
+    message = f"Interrupted; the same command with --run-name {args.run_name} goes on."
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(message))
     return Path("runs") / args.run_name
 
 
@@ -996,17 +1008,17 @@ def check_arguments(args, earlier, folder):
 
 
 def read_checkpoint(path, device):
-    with explain(f"{path} is missing or damaged"):
+    with exit_on_error(f"{path} is missing or damaged"):
         # weights_only: a checkpoint is data, and must not be able to run code.
         return torch.load(path, map_location=device, weights_only=True)
 
 
 def load_model(path, device):
-    """The model of a checkpoint in evaluation mode, and the Args of its run, both on `device`."""
+    """The model of a checkpoint in evaluation mode, and its run's Args, with this `device`."""
     checkpoint = read_checkpoint(path, device)
     architecture = checkpoint["architecture"]
-    blocks = [BlockConfig(**config) for config in architecture.pop("blocks")]
-    model = DecisionTransformer(blocks, **architecture).to(device)
+    configs = [BlockConfig(**config) for config in architecture.pop("configs")]
+    model = DecisionTransformer(configs, **architecture).to(device)
     model.load_state_dict(checkpoint["model"])
     args = Args(**checkpoint["args"])
     return model.eval(), replace(args, device=device)
@@ -1023,7 +1035,7 @@ def save_figure(figure, path, step):
 # Experiment
 # ==================================================================================================
 if __name__ == "__main__":
-    defaults = SAMPLE if "--sample" in sys.argv else Args()
+    defaults = SAMPLE if "--sample" in sys.argv else Args()  # what tyro shows and starts from
     args = tyro.cli(Args, default=defaults, description=__doc__)
     folder = complete_arguments(args, subject=Path(args.backbone).name)
     train(args, folder, load_backbone(args))

@@ -12,6 +12,7 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "tests" / "assets"
@@ -70,12 +71,14 @@ def interrupt_handler():
 
 @pytest.fixture
 def figures_as_dots(monkeypatch):
-    """Figures are made but not painted, which takes seconds; a picture of one pixel is saved."""
+    """Figures are made but neither laid out nor painted, which takes seconds; a dot is saved."""
 
     def savefig(figure, path, **options):
         imageio.imwrite(path, np.zeros((1, 1, 3), dtype=np.uint8))
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
+    monkeypatch.setattr("matplotlib.figure.Figure.tight_layout", lambda *args, **options: None)
+    monkeypatch.setattr(FigureCanvasAgg, "draw", lambda canvas: None)
 
 
 @pytest.fixture

@@ -100,8 +100,8 @@ def test_a_set_has_the_norm_of_one_clipped_training_step(threshold):
     torch.nn.utils.clip_grad_norm_(model.parameters(), threshold)
     expected = {name: p.grad.norm().item() for name, p in model.transformer.h.named_parameters()}
     assert list(sets.block.astype(str) + "." + sets["set"]) == list(expected)
-    np.testing.assert_allclose(sets["norm"], list(expected.values()), rtol=1e-5)
-    np.testing.assert_allclose(sets.share, sets["norm"] / sum(expected.values()), rtol=1e-5)
+    np.testing.assert_allclose(sets.grad_norm, list(expected.values()), rtol=1e-5)
+    np.testing.assert_allclose(sets.share, sets.grad_norm / sum(expected.values()), rtol=1e-5)
 
 
 def test_parameter_changes():
@@ -199,7 +199,7 @@ def test_clipped_norms_are_those_of_the_blocks_after_clipping_everything(runs, t
             gradients = [p.grad for p in model.transformer.h.parameters()]
             expected.append(torch.nn.utils.get_total_norm(gradients))
         of_run = windows[windows.label == label]
-        np.testing.assert_allclose(of_run.clipped_norm, expected, rtol=1e-4)
+        np.testing.assert_allclose(of_run.clipped_block_norm, expected, rtol=1e-4)
         vectors = torch.nn.functional.normalize(blocks_as_vectors(plain)[:5])
         of_run = pairs[pairs.label == label]
         assert len(of_run) == 10 and (of_run.window < of_run.other_window).all()
@@ -217,7 +217,7 @@ def test_a_window_without_gradient(runs, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         windows, pairs, _ = ag.analyze(tmp_path / "saturated", 1, analysis, sample_args(ag))
-        assert (windows["norm"] == 0).all() and (windows.clipped_norm == 0).all()
+        assert (windows["norm"] == 0).all() and (windows.clipped_block_norm == 0).all()
         assert (pairs.cosine == 0).all()
 
 
@@ -242,7 +242,7 @@ def test_boxes_and_bars_of_windows(tables):
     for axes in figure.axes[1:]:
         assert axes.get_shared_y_axes().joined(axes, figure.axes[0])
     assert figure.axes[0].get_xscale() == "log"  # but nothing is computed of logarithms
-    drawn = ((windows, "norm"), (windows, "clipped_norm"), (pairs, "cosine"))
+    drawn = ((windows, "norm"), (windows, "clipped_block_norm"), (pairs, "cosine"))
     for axes, (table, column) in zip(figure.axes, drawn):
         found = []
         for container in axes.containers:
@@ -329,11 +329,11 @@ def test_nothing_has_moved_at_epoch_zero(runs):
     ag.plot_sets(sets.assign(label="a"), {"distance": "l2"}, "").draw_without_rendering()
 
 
-def test_clipping_draws_a_line_for_each_run(tables):
+def test_learning_curves_have_a_line_for_each_run(tables):
     """Loss and norm as logged and without a band; the return with one, of its episodes."""
     _, log = tables
     labels = list(log.label.unique())
-    figure = ag.plot_clipping(log, "title")
+    figure = ag.plot_learning_curves(log, "title")
     assert [text.get_text() for text in figure.legends[0].get_texts()] == labels
     for axes, column in zip(figure.axes, ("loss", "return", "grad_norm")):
         lines = [line for line in axes.lines if len(line.get_xdata())]
@@ -355,7 +355,7 @@ FIGURES = (
     "gradient_shares",
     "gradient_per_set",
     "parameter_change",
-    "clipping",
+    "learning_curves",
 )
 SIZE = [*TINY, "--context-length", "3", "--norm-windows", "4", "--confusion-windows", "3"]
 

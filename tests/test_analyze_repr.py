@@ -477,7 +477,7 @@ def cka_of_seeds():
 def test_figure_of_cka_before_and_after(log):
     cka, _ = cka_of_seeds()
     assert log.label.unique().tolist() == SEEDS
-    figure = ar.plot_cka(cka, log, ANALYSIS)
+    figure = ar.plot_cka(cka, ANALYSIS, ar.describe(log))
     assert legend_of(figure) == ["label", *SEEDS, "kind", "LayerNorm", "other"]
     for axes, token in zip(figure.axes, ar.TOKENS, strict=True):
         assert axes.get_title() == f"{token} token of the last step"
@@ -494,7 +494,7 @@ def test_heat_maps_of_pairs(log):
     _, grams = cka_of_seeds()
     pairs = [(name, name) for name in grams]
     pairs += [("gpt2, seed 1, epoch 40", "gpt2, seed 2, epoch 40")]
-    figure = ar.plot_heat_maps(grams, pairs, "state", log, ANALYSIS)
+    figure = ar.plot_heat_maps(grams, pairs, "state", ANALYSIS, ar.describe(log))
     panels = [axes for axes in figure.axes if axes.get_xlabel()]
     for axes, (a, b) in zip(panels, pairs, strict=True):
         assert (axes.get_ylabel(), axes.get_xlabel()) == (f"layer of {a}", f"layer of {b}")
@@ -548,8 +548,10 @@ def information_of_seeds():
 def test_figure_of_information_with_context(log):
     information = information_of_seeds()
     context = information[information.analysis == "context"]
-    figure = ar.plot_information(context, "step", log, ANALYSIS, row="quantity", col="place")
-    assert set(legend_of(figure)) == {"label", *SEEDS, "token", *ar.TOKENS, "shuffled"}
+    figure = ar.plot_information(
+        context, "step", ANALYSIS, ar.describe(log), row="quantity", col="place"
+    )
+    assert set(legend_of(figure)) == {"label", *SEEDS, "x_t", *ar.TOKENS, "shuffled"}
     quantities = ("I(x_t; T(s_K))", "I(a_K; T(x_t))")
     blocks = {"shallow": 0, "middle": context.label.map(BLOCKS) // 2}  # 6 of 12, 12 of 24
     blocks["deep"] = context.label.map(BLOCKS) - 1
@@ -569,8 +571,8 @@ def test_figure_of_information_with_context(log):
 def test_figure_of_information_of_the_same_step(log):
     information = information_of_seeds()
     same_step = information[information.analysis == "same step"]
-    figure = ar.plot_information(same_step, "depth", log, PAPERS, col="quantity")
-    assert legend_of(figure) == ["label", *SEEDS, "token", "state", "shuffled"]
+    figure = ar.plot_information(same_step, "depth", PAPERS, ar.describe(log), col="quantity")
+    assert legend_of(figure) == ["label", *SEEDS, "x_t", "state", "shuffled"]
     assert "40 training windows" in figure.get_suptitle()
     for axes, quantity in zip(figure.axes, ("I(s_t; T(s_t))", "I(a_t; T(s_t))"), strict=True):
         assert axes.get_title() == quantity
@@ -591,11 +593,11 @@ def test_figure_of_information_of_the_same_step(log):
 def test_figure_of_information_in_the_data(log):
     information = information_of_seeds()
     data = information[information.analysis == "data"]
-    figure = ar.plot_information(data, "step", log, PAPERS, col="quantity")
+    figure = ar.plot_information(data, "step", PAPERS, ar.describe(log), col="quantity")
     (axes,) = figure.axes
     points = drawn(axes, sns.color_palette("colorblind", 1)[0])
     np.testing.assert_allclose(points, sorted(zip(data.step, data.training)))
-    assert legend_of(figure) == ["label", "data", "token", "state", "shuffled"]
+    assert legend_of(figure) == ["label", "data", "x_t", "state", "shuffled"]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -700,7 +702,6 @@ def test_without_context_at_the_papers_settings(run_script, tmp_path, figures_as
     [
         (["--backbones", "/nowhere"], ["nowhere"]),
         (["--backbone", "gpt2"], ["--backbones"]),
-        (["--backbone=gpt2"], ["--backbones"]),
         (["--runs", "nowhere"], ["nowhere"]),
         (["--epochs", "0", "7"], ["--epochs", "--num-epochs 1"]),
         (["--mine-windows", "100000"], ["--mine-windows"]),

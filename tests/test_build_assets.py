@@ -63,7 +63,7 @@ def test_the_bundled_backbone_has_learned_its_chain(name, temperature):
         temperature == 1 or loss < (rate + no_transitions) / 2
     )
     backbone = dt.load_backbone(sample_args(dt, backbone=str(ASSETS / name)))
-    assert len(backbone.blocks) == 4 and torch.equal(
+    assert len(backbone.configs) == 4 and torch.equal(
         backbone.weights["h.3.mlp.c_fc.weight"], model.transformer.h[3].mlp.c_fc.weight
     )
 
@@ -72,5 +72,5 @@ def test_a_folder_made_by_the_builder_is_a_backbone(tmp_path):
     args = build_assets.Args(steps=24, n_layer=2, n_head=2, n_embd=32)
     build_assets.build_markov(args, tmp_path / "mine", 0.5)
     backbone = dt.load_backbone(sample_args(dt, backbone=str(tmp_path / "mine")))
-    assert [(block.n_embd, block.n_head) for block in backbone.blocks] == [(32, 2)] * 2
+    assert [(config.n_embd, config.n_head) for config in backbone.configs] == [(32, 2)] * 2
     assert len(backbone.weights) == 2 * 12 + 2

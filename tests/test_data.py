@@ -208,7 +208,7 @@ def test_another_version_of_the_environment_is_said(capsys):
     assert "recorded in Walker2d-v5" in line and "evaluated in Walker2d-v4" in line
 
 
-@pytest.mark.parametrize("recorded_in", ["Mine-v0", "my_module:Mine-v0", None])
+@pytest.mark.parametrize("recorded_in", ["Mine-v0", None])
 def test_data_of_an_environment_of_ones_own(recorded_in, kept_by_minari, capsys):
     """Minari keeps the name of an environment without its module, or no name."""
     change_metadata(kept_by_minari, () if recorded_in else ["env_spec"], id=recorded_in)

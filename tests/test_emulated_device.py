@@ -4,7 +4,7 @@ a float64 fails here as it would on a GPU or on Apple's mps."""
 import pytest
 from launcher import ROOT, shared_launcher
 
-# Episodes of five steps, since the emulation is slow, and figures that are not really drawn.
+# Episodes of two steps, since the emulation is slow, and figures that are not really drawn.
 SCRIPT = """
 import runpy, sys
 import gymnasium, imageio.v3, numpy
@@ -15,14 +15,14 @@ from matplotlib.figure import Figure
 def save_a_dot(figure, path, **options):
     imageio.v3.imwrite(path, numpy.zeros((1, 1, 3), numpy.uint8))
 
-gymnasium.spec("Hopper-v5").max_episode_steps = 5
+gymnasium.spec("Hopper-v5").max_episode_steps = 2
 FigureCanvasAgg.draw = Figure.tight_layout = lambda *args, **options: None
 Figure.savefig = save_a_dot
 sys.argv = sys.argv[1:]
 with EmulatedDevice():
     runpy.run_path(sys.argv[0], run_name="__main__")
 """
-SIZE = "--sample --env Hopper-v5 --device npy --num-epochs 1 --steps-per-epoch 2 --batch-size 2 "
+SIZE = "--sample --env Hopper-v5 --device npy --num-epochs 1 --steps-per-epoch 1 --batch-size 2 "
 SIZE += "--num-eval-episodes 1 --context-length 2 --dropout 0.1"
 OF_SCRIPT = {
     "dt_pretrained.py": "--backbone random",

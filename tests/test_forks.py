@@ -19,7 +19,8 @@ FORKS = {
     "another optimizer": [
         ("    optimizer = torch.optim.AdamW(\n", "    optimizer = torch.optim.SGD(\n"),
         (
-            "        # Two, as the released code takes one library's optimizer or the other's. [utils.py#L60]\n"
+            "        # The released code takes transformers' AdamW for pre-trained weights, else torch's, with\n"
+            "        # their defaults. [utils.py#L60]\n"
             '        eps=1e-8 if args.backbone.startswith("random") else 1e-6,\n',
             "",
         ),
@@ -32,7 +33,7 @@ FORKS = {
     ],
     "a new metric": [
         (
-            'METRICS = ("loss", "saturated_fraction", "grad_norm", "clipped_fraction")  # of each training step\n',
+            'METRICS = ("loss", "saturated_fraction", "grad_norm", "clipped_fraction")\n',
             'METRICS = ("loss", "saturated_fraction", "grad_norm", "clipped_fraction", "head_norm")\n',
         ),
         (
@@ -51,8 +52,8 @@ FORKS = {
     ],
     "another activation": [
         (
-            '            block = replace(block, n_head=1, activation="relu")\n',
-            '            block = replace(block, n_head=1, activation="gelu")\n',
+            '            config = replace(config, n_head=1, activation="relu")\n',
+            '            config = replace(config, n_head=1, activation="gelu")\n',
         ),
     ],
     "no warm-up": [
@@ -153,7 +154,7 @@ def test_another_data_format(fork, original, tmp_path):
 @pytest.mark.parametrize("fork", ["another activation"], indirect=True)
 def test_another_activation(fork, original, tmp_path):
     run = train(fork, tmp_path)
-    assert {block["activation"] for block in run.architecture["blocks"]} == {"gelu"}
+    assert {block["activation"] for block in run.architecture["configs"]} == {"gelu"}
     assert run.losses[0] != original.losses[0]
 
 

@@ -71,7 +71,7 @@ def test_whole_model_equals_transformers_decision_transformer(backbone):
     """Left-padded and masked there, right-padded and unmasked here: the same at every valid step."""
     ours = decision_transformer(backbone)
     ours.embed_timestep.weight.zero_()  # theirs adds it before the LayerNorm
-    block = ours.architecture["blocks"][0]
+    block = ours.architecture["configs"][0]
     config = transformers.DecisionTransformerConfig(
         state_dim=11,
         act_dim=3,
@@ -316,7 +316,7 @@ def test_cross_attention_is_refused_by_what_it_computes_or_misses(checkpoint):
     whole = transformers.GPT2Model(config).state_dict()
     cross = {f"transformer.{k}": v for k, v in whole.items() if "cross" in k}
     assert cross
-    with pytest.raises(SystemExit, match="cannot be used.*crossattention"):
+    with pytest.raises(SystemExit, match=r"cannot be used.*crossattention"):
         checkpoint("gpt2", lambda weights: weights.update(cross), add_cross_attention=True)
 
 
@@ -327,7 +327,9 @@ def test_other_models_are_refused_before_their_weights_are_looked_at(config, tmp
     config.save_pretrained(tmp_path)
     looked_at = []
     monkeypatch.setattr(transformers.AutoModel, "from_pretrained", looked_at.append)
-    with pytest.raises(SystemExit, match=f"{tmp_path} cannot be used.*it is a {config.model_type}"):
+    with pytest.raises(
+        SystemExit, match=rf"{tmp_path} cannot be used.*it is a {config.model_type}"
+    ):
         dt.load_backbone(sample_args(dt, backbone=str(tmp_path)))
     assert not looked_at
 

@@ -85,7 +85,7 @@ def test_the_papers_figures_by_the_commands_of_the_page(run_script, figures_as_d
             "gradient_shares",
             "gradient_per_set",
         ],
-        "clipping": ["clipping"],
+        "clipping": ["learning_curves"],
         "representations": [
             "cka_before_after",
             "cka_heat_maps_state",

@@ -236,7 +236,7 @@ def compare_training(versions, args, repeats):
         module = versions["ours"]
         episodes = module.load_episodes(args, module.make_env(args, 1))
         data = module.OfflineData(episodes, args)
-        block, *others = module.load_backbone(args).blocks
+        block, *others = module.load_backbone(args).configs
         shape = (data.states.shape[1], data.actions.shape[1])
         released = ReleasedModel(block, 1 + len(others), *shape).to(args.device)
         optimizer = torch.optim.AdamW(released.parameters(), 1e-4)
