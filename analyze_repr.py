@@ -1433,16 +1433,8 @@ if __name__ == "__main__":
         sys.exit("This script compares several starting points: it takes --backbones.")
     defaults = Config(Analysis(), Args())
     if "--sample" in sys.argv:
-        defaults = Config(
-            Analysis(
-                cka_threshold=0.8,
-                mine_windows=600,
-                mine_batch_size=25,
-                mine_passes=5,
-                mine_steps=2,
-            ),
-            SAMPLE,
-        )
+        analysis = Analysis(mine_windows=500, mine_batch_size=25, mine_passes=4, mine_steps=2)
+        defaults = Config(analysis, replace(SAMPLE, num_epochs=1))
     config = tyro.cli(tyro.conf.OmitArgPrefixes[Config], default=defaults, description=__doc__)
     analysis = config.analysis
     args = config.training

@@ -1117,6 +1117,8 @@ def plot_attention_heads(attention, palette, title):
         facet_kws={"sharey": "row"},
     )
     grid.set_titles("epoch {col_name}")
+    for axes in grid.axes.flat:
+        axes.locator_params("x", integer=True)
     grid.axes[0, 0].set_ylabel("attention distance (tokens)")
     grid.axes[1, 0].set_ylabel("weight on the own token")
     grid.figure.suptitle(title, y=1, va="bottom")
