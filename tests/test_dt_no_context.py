@@ -340,7 +340,7 @@ def test_mistakes_end_with_one_sentence_before_training(arguments, words, run_sc
     assert not list(tmp_path.rglob("*.pt"))
 
 
-def test_a_run_and_finished_runs_side_by_side(run_script, tmp_path):
+def test_a_run_and_finished_runs_side_by_side(run_script, tmp_path, figures_as_dots):
     """With K = 1, and then beside a run of dt_pretrained.py with K = 20 in another environment."""
     runs = tmp_path / "runs"
     args = sample_args(

@@ -2,12 +2,11 @@
 
 import ast
 import shutil
-import subprocess
-import sys
 
 import pytest
 import shared_sections
 from conftest import ROOT
+from launcher import shared_launcher
 
 SCRIPTS = shared_sections.SCRIPTS
 
@@ -54,22 +53,10 @@ def test_no_script_imports_another(name):
     assert imported and not imported & {script.removesuffix(".py") for script in SCRIPTS}
 
 
-def test_a_copy_in_an_empty_folder_answers_help(tmp_path):
-    """All of them, in one process, since the imports take seconds."""
-    for name in SCRIPTS:
-        shutil.copy(ROOT / name, tmp_path)
-    program = """
-import runpy, sys
-for script in sys.argv[1:]:
-    sys.argv = [script, "--help"]
-    try:
-        runpy.run_path(script, run_name="__main__")
-    except SystemExit as end:
-        print("status", end.code)
-"""
-    result = subprocess.run(
-        [sys.executable, "-c", program, *SCRIPTS], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("status 0") == result.stdout.count("--backbone STR") == len(SCRIPTS)
-    assert result.stdout.count("(default: 64)") == len(SCRIPTS)  # ranges do not hide the values
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_copy_in_an_empty_folder_answers_help(name, tmp_path):
+    shutil.copy(ROOT / name, tmp_path)
+    result = shared_launcher().run(tmp_path, tmp_path / name, "--help")
+    assert result.status == 0, result.err
+    assert result.out.count("--backbone STR") == 1
+    assert result.out.count("(default: 64)") == 1  # ranges do not hide the values
