@@ -15,6 +15,7 @@ TINY = {
     "--mine-windows": "20",
     "--mine-batch-size": "10",
     "--mine-passes": "1",
+    "--mine-steps": "2",
     "--norm-windows": "3",
     "--confusion-windows": "2",
     "--cka-windows": "10",
@@ -23,7 +24,7 @@ TINY = {
 OF_ANALYSES = {
     "dt_no_context.py": ("--attention-windows",),
     "analyze_grads.py": ("--norm-windows", "--confusion-windows"),
-    "analyze_repr.py": ("--mine-windows", "--mine-batch-size", "--mine-passes", "--cka-windows"),
+    "analyze_repr.py": ("--mine-windows", "--mine-batch-size", "--mine-passes", "--mine-steps", "--cka-windows"),
 }
 
 
