@@ -156,7 +156,7 @@ class Analysis:
     runs: tuple[Path, ...] = ()
     """finished runs of any script to analyze instead of training"""
     epochs: tuple[NonNegativeInt, ...] = (1,)
-    """epochs whose models are analyzed; finished runs must have kept them (--save-epochs)"""
+    """epochs whose models are analyzed; finished runs must have kept these and 0 (--save-epochs)"""
     norm_windows: int = Field(100, ge=2)
     """windows, whose gradients are taken one by one, and as one batch"""
     confusion_windows: int = Field(50, ge=2)
@@ -367,7 +367,7 @@ BUNDLED = {  # what --sample takes instead, under tests/assets
 
 class Backbone(NamedTuple):
     configs: list[BlockConfig]  # of its blocks
-    final_norm: str  # the blocks' layer_norm, but where dt_no_context.py replaces one
+    final_norm: str  # of ln_f: the blocks' layer_norm (dt_no_context.py exchanges a block alone)
     weights: dict[str, torch.Tensor]  # by their names under model.transformer; none if random
 
 
@@ -419,9 +419,9 @@ def read_pretrained(source, dropout):
         "or the hub id or folder of a GPT-2 or ImageGPT; --sample needs no network"
     ):
         # The configuration first: a Llama is refused before its 14 GB are fetched.
-        theirs = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-        if theirs.model_type not in ("gpt2", "imagegpt"):
-            raise ValueError(f"it is a {theirs.model_type}")
+        their_config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if their_config.model_type not in ("gpt2", "imagegpt"):
+            raise ValueError(f"it is a {their_config.model_type}")
         model, report = transformers.AutoModel.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True
         )
@@ -430,12 +430,12 @@ def read_pretrained(source, dropout):
         if missing:
             raise ValueError(f"weights are missing: {missing[:3]}")
         config = BlockConfig(
-            n_embd=theirs.n_embd,
-            n_head=theirs.n_head,
-            n_inner=theirs.n_inner or 4 * theirs.n_embd,
-            activation=theirs.activation_function,
-            layer_norm="rmsnorm" if theirs.model_type == "imagegpt" else "layernorm",
-            epsilon=theirs.layer_norm_epsilon,
+            n_embd=their_config.n_embd,
+            n_head=their_config.n_head,
+            n_inner=their_config.n_inner or 4 * their_config.n_embd,
+            activation=their_config.activation_function,
+            layer_norm="rmsnorm" if their_config.model_type == "imagegpt" else "layernorm",
+            epsilon=their_config.layer_norm_epsilon,
             dropout=dropout,
         )
         check_outputs(model, config)
@@ -474,8 +474,8 @@ class Task(NamedTuple):
     expert_return: float
 
 
-# Minari's medium data were recorded by other policies than D4RL's, which the paper has used: to
-# compare with the paper give D4RL's file, as --dataset hopper_medium-v2.hdf5.
+# The paper used D4RL's medium data, recorded by other policies than Minari's: to compare with it,
+# give D4RL's file, as --dataset hopper_medium-v2.hdf5.
 TASKS = {
     "Hopper": Task("mujoco/hopper/medium-v0", 3600, -20.272305, 3234.3),
     "HalfCheetah": Task("mujoco/halfcheetah/medium-v0", 6000, -280.178953, 12135.0),
@@ -752,12 +752,12 @@ def make_model(args, backbone, data, max_timestep):
     )
     model.state_mean.copy_(data.state_mean)
     model.state_std.copy_(data.state_std)
-    # Not strict, as what `backbone` lacks stays as it was drawn: a random one lacks everything,
-    # igpt-as-gpt2 the biases of the LayerNorms, one of dt_no_context.py all blocks but one.
+    # Not strict: what `backbone` lacks stays as it was drawn. A random one lacks everything,
+    # igpt-as-gpt2 lacks the LayerNorms' biases, that of dt_no_context.py all blocks but one.
     model.transformer.load_state_dict(backbone.weights, strict=False)
     if args.head_std is not None:
         # nn.Linear draws this weight for its act_dim inputs, its deviation is 1 / sqrt(3 act_dim).
-        # As the action head it has `width` inputs, which the final LayerNorm gives a variance of 1:
+        # As the action head it has `width` inputs, of variance 1 while ln_f's weights are 1 (random):
         # on Hopper the tanh sees a deviation of sqrt(768) / 3 = 9, and passes nearly no gradient.
         nn.init.normal_(model.embed_action.weight, std=args.head_std)
     return model.to(args.device)
@@ -785,8 +785,8 @@ def train(args, folder, backbone):
         model.parameters(),
         lr=args.learning_rate,
         weight_decay=args.weight_decay,
-        # The released code takes transformers' AdamW for pre-trained weights, else torch's, with
-        # their defaults. [utils.py#L60]
+        # As released: torch's AdamW (1e-8) for random weights, transformers' (1e-6) for pre-trained
+        # ones. [utils.py#L60]
         eps=1e-8 if args.backbone.startswith("random") else 1e-6,
         fused=True,
     )
@@ -810,13 +810,13 @@ def train(args, folder, backbone):
     if args.compile:
         training_model = torch.compile(training_model, mode="reduce-overhead")  # CUDA graphs
     if num_processes > 1:
-        # Gradients are averaged. This mean of means gives a padded window slightly more weight than
-        # one mean over all steps would.
+        # Gradients are averaged. As each process divides its loss by its own number of valid steps,
+        # this differs slightly from one mean over all steps.
         training_model = nn.parallel.DistributedDataParallel(training_model)
 
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        # What a run that was killed has logged after its checkpoint is purged.
+        # From TensorBoard, purge what a killed run has logged since its last checkpoint.
         writer = SummaryWriter(folder, purge_step=step + 1 if log else 0, flush_secs=10)
         writer.add_text("hyperparameters", pd.Series(asdict(args)).to_frame("value").to_html())
 
@@ -885,7 +885,7 @@ def train(args, folder, backbone):
         episodes = pd.DataFrame({"return": returns, "length": lengths, "score": scores})
         log += episodes.assign(epoch=epoch, step=step).to_dict("records")
         frame = pd.DataFrame(log).assign(
-            run=str(folder).split("runs/")[-1],
+            run=str(folder).split("runs/")[-1],  # run_name, and what an analysis puts below it
             env=args.env,
             dataset=args.dataset,
             backbone=args.backbone,
@@ -943,11 +943,11 @@ def gradient_statistics(model, windows):
     """Norms and cosines of the gradients of single windows, in evaluation mode.
 
     Returns the norms over all parameters and over those of the blocks, both [windows], and the
-    cosines between the gradients of the blocks [windows, windows], on the CPU.
+    cosine of each two windows over the latter [windows, windows], on the CPU.
 
     All gradients of GPT-2 small would take 34 GB for 100 windows. But a squared norm and an inner
     product are sums over the parameters, so that one block after the other is enough: 2.8 GB, at
-    the price of one pass of each window per block. Gradients are float32, the sums float64.
+    the price of one pass of each window per block. All but the sum over blocks is float32.
     The released code leaves dropout on for the random model alone, since only from_pretrained
     returns a model in evaluation mode. [analysis/signal_propagation.py#L144]
     """
@@ -973,7 +973,7 @@ def gradient_statistics(model, windows):
 # Parameter sets: gradient of one batch, and change since epoch 0 (sections 5.3 and 5.4)
 # ==================================================================================================
 def parameter_sets(model, before, windows, max_grad_norm):
-    """A row for each weight or bias of the blocks: its part of a clipped gradient, and its change.
+    """A row for each set, a weight or bias of the blocks: its clipped gradient, and its change.
 
     The gradient is that of all windows as one batch. [analysis/signal_propagation.py#L330]
     The cosine of a set that starts at zero is nan; it is 0 in the released code, which adds 1e-6 to
@@ -1012,7 +1012,7 @@ def analyze(folder, epoch, analysis, args):
     """Tables of single windows, of pairs of them and of parameter sets, of a run after `epoch`.
 
     The windows depend on --seed, the data set and K alone, so that models are shown the same; the
-    released code draws new ones for each. Both may be padded.
+    released code draws new ones for each. Here and there, windows may be padded.
     """
     before, _ = load_model(folder / "epoch_0.pt", "cpu")
     model, run_args = load_model(folder / f"epoch_{epoch}.pt", args.device)
@@ -1048,7 +1048,7 @@ def plot_windows(windows, pairs, title):
     """Norms of single windows' gradients, of the blocks' part after clipping, and their cosines.
 
     The lowest cosine is the gradient confusion of Sankararaman et al. 2020, bars in Fig. 5.
-    Whiskers reach 1.5 interquartile ranges, as in the paper, whose boxes are cut off at 0.25.
+    Whiskers reach 1.5 interquartile ranges, as in the paper, whose boxes end at 0.25.
     [analysis/section-54-gradient-analysis/compute_grad_norm.py#L107]
     """
     figure = Figure(figsize=(16, 2.5 + 0.4 * windows.label.nunique()), layout="constrained")
@@ -1082,7 +1082,7 @@ def plot_shares(sets, title):
     """
     names = {"ln_1": "other LayerNorms", "ln_2": "other LayerNorms", "attn": "attention"}
     kinds = sets["set"].str.split(".").str[0].replace(names)
-    # The first LayerNorm of the network, which dominates in the paper, is shown by itself.
+    # The first block's ln_1, which dominates in the paper, is shown by itself.
     is_first = (sets.block == 0) & sets["set"].str.startswith("ln_1")
     kinds = kinds.mask(is_first, "0." + sets["set"])
     shares = sets.assign(kind=kinds).pivot_table(
@@ -1107,8 +1107,8 @@ def plot_shares(sets, title):
 def plot_sets(sets, columns, title):
     """Heat maps of parameter sets (down) and blocks (across); `columns` is {name: what it is}.
 
-    Each column makes a row of heat maps, one per model, on one color scale. Sets are in the order
-    of the network; each heat map has labels of its own, as ImageGPT's blocks have fewer sets.
+    Each of these makes a line of heat maps, one per model, on one color scale. Sets are in the
+    order of the network; each heat map has labels of its own, as ImageGPT's blocks have fewer sets.
     """
     labels = sets.label.unique()
     figure = Figure(figsize=(5 * len(labels), 3.2 * len(columns) + 0.8), layout="constrained")
@@ -1132,7 +1132,7 @@ def plot_sets(sets, columns, title):
 
 
 def plot_learning_curves(log, title):
-    """Loss, return and gradient norm over the training steps (App. G.3: without clipping)."""
+    """Loss, return and gradient norm over the training steps (in App. G.3 without clipping)."""
     labels = {
         "loss": "mean squared action error",
         "return": "return (band: 95 % interval)",
@@ -1325,7 +1325,7 @@ if __name__ == "__main__":
 
     title = describe(log)
     of_batch = f"Clipped gradient of one batch of {analysis.norm_windows} windows\n{title}"
-    since_start = f"Change since epoch 0 (grey: there it was zero)\n{title}"
+    since_start = f"Change since epoch 0 (grey: zero or undefined)\n{title}"
     norm = {"grad_norm": "norm in the clipped gradient"}
     change = {
         "distance": "l2 distance",

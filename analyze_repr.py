@@ -154,8 +154,8 @@ class Analysis:
     backbones: tuple[str, ...] = ("random", "gpt2", "igpt")
     """starting points to train and compare, by the names that --backbone takes elsewhere"""
     runs: tuple[Path, ...] = ()
-    """finished runs of any script to analyze instead of training; of the arguments of training only
-    --seed, --device and --run-name count then"""
+    """finished runs of any script to analyze instead of training, alike in env, dataset, K and
+    return_scale; of the arguments of training only --seed, --device and --run-name count then"""
     epochs: tuple[NonNegativeInt, NonNegativeInt] | None = None
     """the two epochs to compare, before and after fine-tuning; by default 0 and a run's last"""
     cka_windows: int = Field(100, ge=4)
@@ -380,7 +380,7 @@ BUNDLED = {  # what --sample takes instead, under tests/assets
 
 class Backbone(NamedTuple):
     configs: list[BlockConfig]  # of its blocks
-    final_norm: str  # the blocks' layer_norm, but where dt_no_context.py replaces one
+    final_norm: str  # of ln_f: the blocks' layer_norm (dt_no_context.py exchanges a block alone)
     weights: dict[str, torch.Tensor]  # by their names under model.transformer; none if random
 
 
@@ -432,9 +432,9 @@ def read_pretrained(source, dropout):
         "or the hub id or folder of a GPT-2 or ImageGPT; --sample needs no network"
     ):
         # The configuration first: a Llama is refused before its 14 GB are fetched.
-        theirs = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-        if theirs.model_type not in ("gpt2", "imagegpt"):
-            raise ValueError(f"it is a {theirs.model_type}")
+        their_config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if their_config.model_type not in ("gpt2", "imagegpt"):
+            raise ValueError(f"it is a {their_config.model_type}")
         model, report = transformers.AutoModel.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True
         )
@@ -443,12 +443,12 @@ def read_pretrained(source, dropout):
         if missing:
             raise ValueError(f"weights are missing: {missing[:3]}")
         config = BlockConfig(
-            n_embd=theirs.n_embd,
-            n_head=theirs.n_head,
-            n_inner=theirs.n_inner or 4 * theirs.n_embd,
-            activation=theirs.activation_function,
-            layer_norm="rmsnorm" if theirs.model_type == "imagegpt" else "layernorm",
-            epsilon=theirs.layer_norm_epsilon,
+            n_embd=their_config.n_embd,
+            n_head=their_config.n_head,
+            n_inner=their_config.n_inner or 4 * their_config.n_embd,
+            activation=their_config.activation_function,
+            layer_norm="rmsnorm" if their_config.model_type == "imagegpt" else "layernorm",
+            epsilon=their_config.layer_norm_epsilon,
             dropout=dropout,
         )
         check_outputs(model, config)
@@ -487,8 +487,8 @@ class Task(NamedTuple):
     expert_return: float
 
 
-# Minari's medium data were recorded by other policies than D4RL's, which the paper has used: to
-# compare with the paper give D4RL's file, as --dataset hopper_medium-v2.hdf5.
+# The paper used D4RL's medium data, recorded by other policies than Minari's: to compare with it,
+# give D4RL's file, as --dataset hopper_medium-v2.hdf5.
 TASKS = {
     "Hopper": Task("mujoco/hopper/medium-v0", 3600, -20.272305, 3234.3),
     "HalfCheetah": Task("mujoco/halfcheetah/medium-v0", 6000, -280.178953, 12135.0),
@@ -765,12 +765,12 @@ def make_model(args, backbone, data, max_timestep):
     )
     model.state_mean.copy_(data.state_mean)
     model.state_std.copy_(data.state_std)
-    # Not strict, as what `backbone` lacks stays as it was drawn: a random one lacks everything,
-    # igpt-as-gpt2 the biases of the LayerNorms, one of dt_no_context.py all blocks but one.
+    # Not strict: what `backbone` lacks stays as it was drawn. A random one lacks everything,
+    # igpt-as-gpt2 lacks the LayerNorms' biases, that of dt_no_context.py all blocks but one.
     model.transformer.load_state_dict(backbone.weights, strict=False)
     if args.head_std is not None:
         # nn.Linear draws this weight for its act_dim inputs, its deviation is 1 / sqrt(3 act_dim).
-        # As the action head it has `width` inputs, which the final LayerNorm gives a variance of 1:
+        # As the action head it has `width` inputs, of variance 1 while ln_f's weights are 1 (random):
         # on Hopper the tanh sees a deviation of sqrt(768) / 3 = 9, and passes nearly no gradient.
         nn.init.normal_(model.embed_action.weight, std=args.head_std)
     return model.to(args.device)
@@ -798,8 +798,8 @@ def train(args, folder, backbone):
         model.parameters(),
         lr=args.learning_rate,
         weight_decay=args.weight_decay,
-        # The released code takes transformers' AdamW for pre-trained weights, else torch's, with
-        # their defaults. [utils.py#L60]
+        # As released: torch's AdamW (1e-8) for random weights, transformers' (1e-6) for pre-trained
+        # ones. [utils.py#L60]
         eps=1e-8 if args.backbone.startswith("random") else 1e-6,
         fused=True,
     )
@@ -823,13 +823,13 @@ def train(args, folder, backbone):
     if args.compile:
         training_model = torch.compile(training_model, mode="reduce-overhead")  # CUDA graphs
     if num_processes > 1:
-        # Gradients are averaged. This mean of means gives a padded window slightly more weight than
-        # one mean over all steps would.
+        # Gradients are averaged. As each process divides its loss by its own number of valid steps,
+        # this differs slightly from one mean over all steps.
         training_model = nn.parallel.DistributedDataParallel(training_model)
 
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        # What a run that was killed has logged after its checkpoint is purged.
+        # From TensorBoard, purge what a killed run has logged since its last checkpoint.
         writer = SummaryWriter(folder, purge_step=step + 1 if log else 0, flush_secs=10)
         writer.add_text("hyperparameters", pd.Series(asdict(args)).to_frame("value").to_html())
 
@@ -898,7 +898,7 @@ def train(args, folder, backbone):
         episodes = pd.DataFrame({"return": returns, "length": lengths, "score": scores})
         log += episodes.assign(epoch=epoch, step=step).to_dict("records")
         frame = pd.DataFrame(log).assign(
-            run=str(folder).split("runs/")[-1],
+            run=str(folder).split("runs/")[-1],  # run_name, and what an analysis puts below it
             env=args.env,
             dataset=args.dataset,
             backbone=args.backbone,
@@ -1030,7 +1030,7 @@ def gram_matrices(model, windows):
     """Gram matrices of all layers at the last step's tokens: {token: [layers, windows²]}.
 
     The CKA of all layers of one model with all of another is then `a @ b.T`, [layers a, layers b].
-    The released code compares one hidden unit over all tokens where the paper says a token.
+    The paper compares all units of one token; the released code takes one unit of all tokens.
     [analysis/section-51-activation-similarity/compute_cka.py#L45]
     """
     names = [f"{block}.{layer}" for block in range(len(model.transformer.h)) for layer in LAYERS]
@@ -1046,7 +1046,7 @@ def cka_table(before, after):
 
     There is a row for each layer and token. Depth is between 0 and 1, so that models of 12 and of
     24 blocks are drawn side by side. The released code averages neighboring layers of the deeper
-    one, as a LayerNorm and a projection.
+    model, even a LayerNorm with a projection.
     [analysis/section-51-activation-similarity/plot_cka.py#L26]
     """
     tables = []
@@ -1067,9 +1067,9 @@ def cka_table(before, after):
 class StatisticsNetworks(nn.Module):
     """The networks f of many estimators: [estimators, batch, features] to [estimators, batch].
 
-    There is one estimator for each time step; a batched product computes a layer of all of them at
-    once. Each network is features -> 400 -> 400 -> 400 -> 1 with ReLU, as in the released code; the
-    text of the paper has a layer less. [../mine-pytorch/util_mi_calculation.py#L25]
+    There is one for each time step and one for the shuffled control; a batched product computes a
+    layer of all at once. Each is features -> 400 -> 400 -> 400 -> 1 with ReLU, as in the released
+    code; the text of the paper has a layer less. [../mine-pytorch/util_mi_calculation.py#L25]
     All start from the same weights, drawn as nn.Linear does, and share nothing afterwards.
     """
 
@@ -1116,7 +1116,7 @@ def mine(x, t, analysis, seed):
     for _ in range(analysis.mine_passes):
         for batch in torch.randperm(num_windows).split(analysis.mine_batch_size):
             joint, marginal = statistics(batch, batch[torch.randperm(len(batch))])
-            # The bound at the end is what is to grow. Its log E[exp f] has the gradient
+            # What is to grow is E_joint[f] - log E[exp f], the bound below. Its log has gradient
             # E[exp f]' / E[exp f], less biased in small batches if the denominator is a moving
             # average (section 3.2 of Belghazi et al.).
             mean_exp = marginal.exp().mean(dim=1)
@@ -1152,10 +1152,10 @@ def standardize(values, num_windows):
 # ==================================================================================================
 # Questions to MINE: what do outputs know of data? (section 5.2, App. E and H.2)
 # ==================================================================================================
-# A question is a triple: constant columns of its rows in the table, x [steps, windows, features],
-# and t [steps, windows, width]. MINE is to estimate I(x[i]; t[i]) for each step i.
-# As in the paper, x_t is a token of the data at step t, T(x_t) a block's output at that token, and
-# x_K a token of the last step.
+# A question is a triple: what is the same in all its rows of the table, x [steps, windows,
+# features], and t [steps, windows, width]. MINE is to estimate I(x[i]; t[i]) for each i.
+# As in the paper, x_t is a token of step t (R_t, s_t or a_t), K the last step, and T(x_t) a block's
+# output at that token.
 def data_tokens(windows, steps):
     """The tokens of the data at some steps: {token: [steps, windows, features]}."""
     values = (windows.returns_to_go, windows.states, windows.actions)
@@ -1176,7 +1176,7 @@ def questions_about_model(model, windows, steps):
     num_blocks = len(model.transformer.h)
     of_figure_2 = {0: "shallow", num_blocks // 2: "middle", num_blocks - 1: "deep"}
     for block in range(num_blocks):
-        # Block by block, as the outputs of all blocks would take gigabytes.
+        # Block by block: the outputs of one take 1.8 GB for GPT-2, those of all would take 22.
         layer = f"{block}.mlp.dropout"
         outputs = activations(model, windows, [layer], steps)[layer].to(windows.states.device)
         output = dict(zip(TOKENS, outputs.permute(2, 1, 0, 3)))  # each [steps, windows, width]
@@ -1191,7 +1191,7 @@ def questions_about_model(model, windows, steps):
         if block not in of_figure_2:
             continue
         for token in TOKENS:
-            # a_K is left out as x_t, as in the released code: no other token sees it.
+            # a_K is left out as x_t, as in the released code: s_K cannot see it, T(a_K) has it.
             count = len(steps) - 1 if token == "action" else len(steps)
             if count == 0:
                 continue  # there is no other step
@@ -1462,7 +1462,7 @@ if __name__ == "__main__":
     if mixed:
         sys.exit(f"The runs differ in {', '.join(mixed)}, but must see the same windows.")
     title = describe(log)
-    # The same windows for all models, and time steps of them: evenly spaced, from the last one on.
+    # The same windows for all models, and some of their steps: evenly spaced, always with the last.
     _, run_args = load_model(folders[0] / "latest.pt", args.device)
     cka_windows, mine_windows = choose_windows(run_args, analysis, args.seed)
     K = run_args.context_length
@@ -1487,7 +1487,7 @@ if __name__ == "__main__":
     folder.mkdir(parents=True, exist_ok=True)
     cka.to_csv(folder / "cka.csv", index=False)
     figures = {"cka_before_after": plot_cka(cka, analysis, title)}
-    # Each model with itself, and what they are after fine-tuning with one another.
+    # Each model with itself, and the fine-tuned ones with one another.
     pairs = [(name, name) for name in grams]
     pairs += itertools.combinations(models_after, 2)
     for token in TOKENS:

@@ -5,9 +5,9 @@
     python dt_no_context.py --replace-blocks 0 6 11 --num-epochs 10
     python dt_no_context.py --runs runs/ONE runs/ANOTHER                # finished runs, any K
 
-The first two train with K = 1 (section 5.5, Table 2), the third random models that have one block
-of the pre-trained one (5.6.1), and the last puts finished runs side by side (Figs. 8 and 10). All
-measure how far back the models look in the epochs that were kept (5.6.2).
+The first three train with K = 1: a backbone (section 5.5, Table 2), or random models that have one
+block of it (5.6.1). The last puts finished runs side by side (Figs. 8 and 10). All measure how far
+back the models look in the epochs that were kept (5.6.2).
 
 Paper: S. Takagi, "On the Effect of Pre-training for Transformer in Different Modality on Offline
 Reinforcement Learning", NeurIPS 2022, https://arxiv.org/abs/2211.09817 (sections 5.5 and 5.6).
@@ -366,7 +366,7 @@ BUNDLED = {  # what --sample takes instead, under tests/assets
 
 class Backbone(NamedTuple):
     configs: list[BlockConfig]  # of its blocks
-    final_norm: str  # the blocks' layer_norm, but where dt_no_context.py replaces one
+    final_norm: str  # of ln_f: the blocks' layer_norm (dt_no_context.py exchanges a block alone)
     weights: dict[str, torch.Tensor]  # by their names under model.transformer; none if random
 
 
@@ -418,9 +418,9 @@ def read_pretrained(source, dropout):
         "or the hub id or folder of a GPT-2 or ImageGPT; --sample needs no network"
     ):
         # The configuration first: a Llama is refused before its 14 GB are fetched.
-        theirs = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-        if theirs.model_type not in ("gpt2", "imagegpt"):
-            raise ValueError(f"it is a {theirs.model_type}")
+        their_config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if their_config.model_type not in ("gpt2", "imagegpt"):
+            raise ValueError(f"it is a {their_config.model_type}")
         model, report = transformers.AutoModel.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True
         )
@@ -429,12 +429,12 @@ def read_pretrained(source, dropout):
         if missing:
             raise ValueError(f"weights are missing: {missing[:3]}")
         config = BlockConfig(
-            n_embd=theirs.n_embd,
-            n_head=theirs.n_head,
-            n_inner=theirs.n_inner or 4 * theirs.n_embd,
-            activation=theirs.activation_function,
-            layer_norm="rmsnorm" if theirs.model_type == "imagegpt" else "layernorm",
-            epsilon=theirs.layer_norm_epsilon,
+            n_embd=their_config.n_embd,
+            n_head=their_config.n_head,
+            n_inner=their_config.n_inner or 4 * their_config.n_embd,
+            activation=their_config.activation_function,
+            layer_norm="rmsnorm" if their_config.model_type == "imagegpt" else "layernorm",
+            epsilon=their_config.layer_norm_epsilon,
             dropout=dropout,
         )
         check_outputs(model, config)
@@ -473,8 +473,8 @@ class Task(NamedTuple):
     expert_return: float
 
 
-# Minari's medium data were recorded by other policies than D4RL's, which the paper has used: to
-# compare with the paper give D4RL's file, as --dataset hopper_medium-v2.hdf5.
+# The paper used D4RL's medium data, recorded by other policies than Minari's: to compare with it,
+# give D4RL's file, as --dataset hopper_medium-v2.hdf5.
 TASKS = {
     "Hopper": Task("mujoco/hopper/medium-v0", 3600, -20.272305, 3234.3),
     "HalfCheetah": Task("mujoco/halfcheetah/medium-v0", 6000, -280.178953, 12135.0),
@@ -751,12 +751,12 @@ def make_model(args, backbone, data, max_timestep):
     )
     model.state_mean.copy_(data.state_mean)
     model.state_std.copy_(data.state_std)
-    # Not strict, as what `backbone` lacks stays as it was drawn: a random one lacks everything,
-    # igpt-as-gpt2 the biases of the LayerNorms, one of dt_no_context.py all blocks but one.
+    # Not strict: what `backbone` lacks stays as it was drawn. A random one lacks everything,
+    # igpt-as-gpt2 lacks the LayerNorms' biases, that of dt_no_context.py all blocks but one.
     model.transformer.load_state_dict(backbone.weights, strict=False)
     if args.head_std is not None:
         # nn.Linear draws this weight for its act_dim inputs, its deviation is 1 / sqrt(3 act_dim).
-        # As the action head it has `width` inputs, which the final LayerNorm gives a variance of 1:
+        # As the action head it has `width` inputs, of variance 1 while ln_f's weights are 1 (random):
         # on Hopper the tanh sees a deviation of sqrt(768) / 3 = 9, and passes nearly no gradient.
         nn.init.normal_(model.embed_action.weight, std=args.head_std)
     return model.to(args.device)
@@ -784,8 +784,8 @@ def train(args, folder, backbone):
         model.parameters(),
         lr=args.learning_rate,
         weight_decay=args.weight_decay,
-        # The released code takes transformers' AdamW for pre-trained weights, else torch's, with
-        # their defaults. [utils.py#L60]
+        # As released: torch's AdamW (1e-8) for random weights, transformers' (1e-6) for pre-trained
+        # ones. [utils.py#L60]
         eps=1e-8 if args.backbone.startswith("random") else 1e-6,
         fused=True,
     )
@@ -809,13 +809,13 @@ def train(args, folder, backbone):
     if args.compile:
         training_model = torch.compile(training_model, mode="reduce-overhead")  # CUDA graphs
     if num_processes > 1:
-        # Gradients are averaged. This mean of means gives a padded window slightly more weight than
-        # one mean over all steps would.
+        # Gradients are averaged. As each process divides its loss by its own number of valid steps,
+        # this differs slightly from one mean over all steps.
         training_model = nn.parallel.DistributedDataParallel(training_model)
 
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        # What a run that was killed has logged after its checkpoint is purged.
+        # From TensorBoard, purge what a killed run has logged since its last checkpoint.
         writer = SummaryWriter(folder, purge_step=step + 1 if log else 0, flush_secs=10)
         writer.add_text("hyperparameters", pd.Series(asdict(args)).to_frame("value").to_html())
 
@@ -884,7 +884,7 @@ def train(args, folder, backbone):
         episodes = pd.DataFrame({"return": returns, "length": lengths, "score": scores})
         log += episodes.assign(epoch=epoch, step=step).to_dict("records")
         frame = pd.DataFrame(log).assign(
-            run=str(folder).split("runs/")[-1],
+            run=str(folder).split("runs/")[-1],  # run_name, and what an analysis puts below it
             env=args.env,
             dataset=args.dataset,
             backbone=args.backbone,
@@ -1066,7 +1066,7 @@ def plot_learning_curves(log, palette, title):
 def distance_gaps(attention):
     """How far the attention distance of each run, block and window is from the first epoch's.
 
-    The distance is a mean over the heads. A run's rows are in the order of its epochs.
+    The distance is a mean over the heads. A run's rows must come in the order of its epochs.
     """
     keys = ["label", "block", "window"]
     distances = attention.groupby([*keys, "epoch"], sort=False).distance.mean().reset_index()

@@ -345,7 +345,7 @@ BUNDLED = {  # what --sample takes instead, under tests/assets
 
 class Backbone(NamedTuple):
     configs: list[BlockConfig]  # of its blocks
-    final_norm: str  # the blocks' layer_norm, but where dt_no_context.py replaces one
+    final_norm: str  # of ln_f: the blocks' layer_norm (dt_no_context.py exchanges a block alone)
     weights: dict[str, torch.Tensor]  # by their names under model.transformer; none if random
 
 
@@ -397,9 +397,9 @@ def read_pretrained(source, dropout):
         "or the hub id or folder of a GPT-2 or ImageGPT; --sample needs no network"
     ):
         # The configuration first: a Llama is refused before its 14 GB are fetched.
-        theirs = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-        if theirs.model_type not in ("gpt2", "imagegpt"):
-            raise ValueError(f"it is a {theirs.model_type}")
+        their_config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if their_config.model_type not in ("gpt2", "imagegpt"):
+            raise ValueError(f"it is a {their_config.model_type}")
         model, report = transformers.AutoModel.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True
         )
@@ -408,12 +408,12 @@ def read_pretrained(source, dropout):
         if missing:
             raise ValueError(f"weights are missing: {missing[:3]}")
         config = BlockConfig(
-            n_embd=theirs.n_embd,
-            n_head=theirs.n_head,
-            n_inner=theirs.n_inner or 4 * theirs.n_embd,
-            activation=theirs.activation_function,
-            layer_norm="rmsnorm" if theirs.model_type == "imagegpt" else "layernorm",
-            epsilon=theirs.layer_norm_epsilon,
+            n_embd=their_config.n_embd,
+            n_head=their_config.n_head,
+            n_inner=their_config.n_inner or 4 * their_config.n_embd,
+            activation=their_config.activation_function,
+            layer_norm="rmsnorm" if their_config.model_type == "imagegpt" else "layernorm",
+            epsilon=their_config.layer_norm_epsilon,
             dropout=dropout,
         )
         check_outputs(model, config)
@@ -452,8 +452,8 @@ class Task(NamedTuple):
     expert_return: float
 
 
-# Minari's medium data were recorded by other policies than D4RL's, which the paper has used: to
-# compare with the paper give D4RL's file, as --dataset hopper_medium-v2.hdf5.
+# The paper used D4RL's medium data, recorded by other policies than Minari's: to compare with it,
+# give D4RL's file, as --dataset hopper_medium-v2.hdf5.
 TASKS = {
     "Hopper": Task("mujoco/hopper/medium-v0", 3600, -20.272305, 3234.3),
     "HalfCheetah": Task("mujoco/halfcheetah/medium-v0", 6000, -280.178953, 12135.0),
@@ -730,12 +730,12 @@ def make_model(args, backbone, data, max_timestep):
     )
     model.state_mean.copy_(data.state_mean)
     model.state_std.copy_(data.state_std)
-    # Not strict, as what `backbone` lacks stays as it was drawn: a random one lacks everything,
-    # igpt-as-gpt2 the biases of the LayerNorms, one of dt_no_context.py all blocks but one.
+    # Not strict: what `backbone` lacks stays as it was drawn. A random one lacks everything,
+    # igpt-as-gpt2 lacks the LayerNorms' biases, that of dt_no_context.py all blocks but one.
     model.transformer.load_state_dict(backbone.weights, strict=False)
     if args.head_std is not None:
         # nn.Linear draws this weight for its act_dim inputs, its deviation is 1 / sqrt(3 act_dim).
-        # As the action head it has `width` inputs, which the final LayerNorm gives a variance of 1:
+        # As the action head it has `width` inputs, of variance 1 while ln_f's weights are 1 (random):
         # on Hopper the tanh sees a deviation of sqrt(768) / 3 = 9, and passes nearly no gradient.
         nn.init.normal_(model.embed_action.weight, std=args.head_std)
     return model.to(args.device)
@@ -763,8 +763,8 @@ def train(args, folder, backbone):
         model.parameters(),
         lr=args.learning_rate,
         weight_decay=args.weight_decay,
-        # The released code takes transformers' AdamW for pre-trained weights, else torch's, with
-        # their defaults. [utils.py#L60]
+        # As released: torch's AdamW (1e-8) for random weights, transformers' (1e-6) for pre-trained
+        # ones. [utils.py#L60]
         eps=1e-8 if args.backbone.startswith("random") else 1e-6,
         fused=True,
     )
@@ -788,13 +788,13 @@ def train(args, folder, backbone):
     if args.compile:
         training_model = torch.compile(training_model, mode="reduce-overhead")  # CUDA graphs
     if num_processes > 1:
-        # Gradients are averaged. This mean of means gives a padded window slightly more weight than
-        # one mean over all steps would.
+        # Gradients are averaged. As each process divides its loss by its own number of valid steps,
+        # this differs slightly from one mean over all steps.
         training_model = nn.parallel.DistributedDataParallel(training_model)
 
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        # What a run that was killed has logged after its checkpoint is purged.
+        # From TensorBoard, purge what a killed run has logged since its last checkpoint.
         writer = SummaryWriter(folder, purge_step=step + 1 if log else 0, flush_secs=10)
         writer.add_text("hyperparameters", pd.Series(asdict(args)).to_frame("value").to_html())
 
@@ -863,7 +863,7 @@ def train(args, folder, backbone):
         episodes = pd.DataFrame({"return": returns, "length": lengths, "score": scores})
         log += episodes.assign(epoch=epoch, step=step).to_dict("records")
         frame = pd.DataFrame(log).assign(
-            run=str(folder).split("runs/")[-1],
+            run=str(folder).split("runs/")[-1],  # run_name, and what an analysis puts below it
             env=args.env,
             dataset=args.dataset,
             backbone=args.backbone,
@@ -948,7 +948,7 @@ def capture_video(checkpoint_path, gif_path, args):
     fps = env.metadata["render_fps"]
     stride = max(1, fps // 25)  # 25 pictures a second are enough
     imageio.imwrite(gif_path, env.render()[0][::stride], duration=1000 * stride / fps, loop=0)
-    env.close()  # else its renderer would disturb the next one
+    env.close()  # else its renderer would disturb that of a later video
 
 
 # ==================================================================================================

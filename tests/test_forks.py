@@ -19,8 +19,8 @@ FORKS = {
     "another optimizer": [
         ("    optimizer = torch.optim.AdamW(\n", "    optimizer = torch.optim.SGD(\n"),
         (
-            "        # The released code takes transformers' AdamW for pre-trained weights, else torch's, with\n"
-            "        # their defaults. [utils.py#L60]\n"
+            "        # As released: torch's AdamW (1e-8) for random weights, transformers' (1e-6) for pre-trained\n"
+            "        # ones. [utils.py#L60]\n"
             '        eps=1e-8 if args.backbone.startswith("random") else 1e-6,\n',
             "",
         ),

@@ -24,7 +24,13 @@ TINY = {
 OF_ANALYSES = {
     "dt_no_context.py": ("--attention-windows",),
     "analyze_grads.py": ("--norm-windows", "--confusion-windows"),
-    "analyze_repr.py": ("--mine-windows", "--mine-batch-size", "--mine-passes", "--mine-steps", "--cka-windows"),
+    "analyze_repr.py": (
+        "--mine-windows",
+        "--mine-batch-size",
+        "--mine-passes",
+        "--mine-steps",
+        "--cka-windows",
+    ),
 }
 
 
