@@ -735,8 +735,8 @@ def make_model(args, backbone, data, max_timestep):
     model.transformer.load_state_dict(backbone.weights, strict=False)
     if args.head_std is not None:
         # nn.Linear draws this weight for its act_dim inputs, its deviation is 1 / sqrt(3 act_dim).
-        # As the action head it has `width` inputs, of variance 1 while ln_f's weights are 1 (random):
-        # on Hopper the tanh sees a deviation of sqrt(768) / 3 = 9, and passes nearly no gradient.
+        # As the action head it has `width` inputs, of variance 1 if ln_f's weights are 1: then, on
+        # Hopper, the tanh sees a deviation of sqrt(768) / 3 = 9, and passes nearly no gradient.
         nn.init.normal_(model.embed_action.weight, std=args.head_std)
     return model.to(args.device)
 
