@@ -1105,7 +1105,7 @@ def plot_attention_heads(attention, palette, title):
     """Attention distance and weight on the own token, a dot a head (Dosovitskiy et al. 2020)."""
     heads = attention.groupby(["label", "epoch", "block", "head"], sort=False)
     means = heads[["distance", "own_token"]].mean().reset_index()
-    grid = sns.relplot(
+    grid = sns.catplot(
         means.melt(["label", "epoch", "block", "head"]),
         x="block",
         y="value",
@@ -1113,12 +1113,13 @@ def plot_attention_heads(attention, palette, title):
         palette=palette,
         row="variable",
         col="epoch",
+        kind="strip",
+        dodge=True,
+        jitter=False,
         height=3.5,
-        facet_kws={"sharey": "row"},
+        sharey="row",
     )
     grid.set_titles("epoch {col_name}")
-    for axes in grid.axes.flat:
-        axes.locator_params("x", integer=True)
     grid.axes[0, 0].set_ylabel("attention distance (tokens)")
     grid.axes[1, 0].set_ylabel("weight on the own token")
     grid.figure.suptitle(title, y=1, va="bottom")

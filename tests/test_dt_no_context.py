@@ -272,7 +272,7 @@ def test_boxes(tables):
 
 
 def test_dots_of_heads(tables):
-    """A dot for each head, at its block and at the mean over the windows, in its run's color."""
+    """A dot for each head, beside its block and at the mean over the windows, in its run's color."""
     log, attention = tables
     figure = dt.plot_attention_heads(attention, "colorblind", "title")
     assert legend_of(figure)[-4:] == list(log.label.unique())
@@ -283,10 +283,10 @@ def test_dots_of_heads(tables):
     panels = itertools.product(["distance", "own_token"], [0, 1, 4])
     for axes, (name, epoch) in zip(figure.axes, panels, strict=True):
         assert axes.get_title() == f"epoch {epoch}"
-        (dots,) = axes.collections
         drawn = {}
-        for (block, value), color in zip(dots.get_offsets().data, dots.get_facecolors()):
-            drawn.setdefault(to_rgb(color[:3]), []).append((block, value))
+        for dots in axes.collections:
+            for (x, value), color in zip(dots.get_offsets().data, dots.get_facecolors()):
+                drawn.setdefault(to_rgb(color[:3]), []).append((round(x), value))
         for label, color in colors_of(log).items():
             rows = attention[(attention.label == label) & (attention.epoch == epoch)]
             means = rows.groupby(["block", "head"])[name].mean().reset_index()
