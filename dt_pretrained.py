@@ -948,7 +948,6 @@ def capture_video(checkpoint_path, gif_path, args):
     fps = env.metadata["render_fps"]
     stride = max(1, fps // 25)  # 25 pictures a second are enough
     imageio.imwrite(gif_path, env.render()[0][::stride], duration=1000 * stride / fps, loop=0)
-    env.close()  # else its renderer would disturb that of a later video
 
 
 # ==================================================================================================

@@ -1,5 +1,6 @@
 """`dt_pretrained.py` run whole: loss, optimizer, log, files, seeds, and how it ends where it must."""
 
+import gc
 import shutil
 import signal
 from dataclasses import asdict
@@ -350,7 +351,13 @@ def test_what_the_learning_curve_shows_is_the_log(run):
     assert all(part in title for part in ("Hopper-v4", "random", "K = 20", "seed 666"))
 
 
-def test_videos(run, tmp_path):
+@pytest.fixture
+def no_other_renderer():
+    """A MuJoCo renderer that is collected while another one draws takes its textures away."""
+    gc.collect()
+
+
+def test_videos(run, tmp_path, no_other_renderer):
     """125 steps a second, of which 25 are shown."""
     args = dt.replace(run.args, env="BriefHopper-v5")
     try:
@@ -367,7 +374,7 @@ def test_videos(run, tmp_path):
 
 
 @pytest.mark.parametrize("env_id", ["Hopper-v4", "HalfCheetah-v5", "Walker2d-v5"])
-def test_the_camera_follows(env_id, run, tmp_path, monkeypatch):
+def test_the_camera_follows(env_id, run, tmp_path, monkeypatch, no_other_renderer):
     """Twenty metres further on the robot is still in the picture: it is orange, floor and sky are not."""
 
     def walk_away(model, env, args):
@@ -386,7 +393,7 @@ def test_the_camera_follows(env_id, run, tmp_path, monkeypatch):
     except SystemExit as end:
         pytest.skip(end.code)
     last = imageio.imread(tmp_path / "far.gif")[-1].astype(int)
-    assert (last[..., 0] > last[..., 2] + 50).sum() > 100
+    assert (last[..., 0] > last[..., 2] + 50).sum() > 20  # none where the camera stays behind
 
 
 # --------------------------------------------------------------------------------------------------
