@@ -367,6 +367,17 @@ def test_videos(run, tmp_path):
     assert np.abs(pictures[-1] - pictures[0]).max() > 50  # something moves
 
 
+def test_each_process_of_torchrun_takes_its_own_gpu_first(monkeypatch):
+    """Before anything is put on a device: else all would begin on the first GPU."""
+    calls = []
+    zeros = torch.zeros
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: calls.append(device) or zeros(*size))
+    dt.complete_arguments(dt.Args(device="cuda"), "gpt2")
+    assert calls == [3, "cuda"]
+
+
 # In a process of its own: a renderer that is collected while another one draws takes its textures.
 WALK_AWAY = """
 import sys
@@ -395,6 +406,9 @@ def test_the_camera_follows(env_id, run, tmp_path):
     if "--capture-video cannot render" in result.err:
         pytest.skip(result.err)
     assert result.status == 0, result.err
+    # HalfCheetah is drawn twenty times a second, the others 125 times: shown as fast as it ran.
+    duration = 50 if "HalfCheetah" in env_id else 40
+    assert imageio.immeta(tmp_path / "far.gif")["duration"] == duration
     last = imageio.imread(tmp_path / "far.gif")[-1].astype(int)
     assert (last[..., 0] > last[..., 2] + 50).sum() > 20  # none where the camera stays behind
 
