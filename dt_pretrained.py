@@ -8,7 +8,7 @@ A Decision Transformer reads an episode as a sequence of returns-to-go, states a
 learns to predict the actions, by their squared error. Then it is asked for a high return, and
 plays. Its Transformer starts as a GPT-2, as an ImageGPT or at random; all of it is trained. Begin
 to read at DecisionTransformer, then train. Each of the other three scripts repeats this one, word
-for word, and adds an analysis.
+for word up to the figures, and adds an analysis.
 
 Paper: S. Takagi, "On the Effect of Pre-training for Transformer in Different Modality on Offline
 Reinforcement Learning", NeurIPS 2022, https://arxiv.org/abs/2211.09817 (section 4, Table 1).
@@ -77,7 +77,7 @@ class Args:
     dataset: str | None = None
     """Minari id or folder, or D4RL's .hdf5 file; by default mujoco/{hopper,...}/medium-v0"""
     sample: bool = False
-    """bundled data, small backbones and other defaults (SAMPLE), for two CPU cores"""
+    """bundled data, small backbones and defaults for two CPU cores, as shown by --sample --help"""
 
     # Model
     context_length: PositiveInt = 20
@@ -132,7 +132,7 @@ class Args:
     the run stopped"""
 
 
-# What --sample changes where nothing else is given. Models that small need no dropout, and with the
+# What --sample changes where nothing else is given. Models this small need no dropout, and with the
 # paper's head (--head-std None) their actions would be saturated for most of so short a run.
 SAMPLE = Args(
     sample=True,
@@ -144,6 +144,8 @@ SAMPLE = Args(
     num_epochs=2,
     steps_per_epoch=700,
     num_eval_episodes=8,
+    precision="fp32",
+    compile=False,
 )
 
 
@@ -286,7 +288,7 @@ class DecisionTransformer(nn.Module):
                 "ln_f": LAYER_NORMS[final_norm](width, eps=configs[0].epsilon),
             }
         )
-        # The residual branches start small, the more so the more there are, as in GPT-2.
+        # The last weights of every branch start small, the smaller the more branches, as in GPT-2.
         # [decision_transformer/models/trajectory_gpt2.py#L525]
         for name, weight in self.transformer.h.named_parameters():
             if name.endswith("c_proj.weight"):
@@ -345,7 +347,7 @@ BUNDLED = {  # what --sample takes instead, under tests/assets
 
 class Backbone(NamedTuple):
     configs: list[BlockConfig]  # of its blocks
-    final_norm: str  # of ln_f: the blocks' layer_norm (dt_no_context.py exchanges a block alone)
+    final_norm: str  # kind of ln_f; apart, as dt_no_context.py mixes blocks of different kinds
     weights: dict[str, torch.Tensor]  # by their names under model.transformer; none if random
 
 
@@ -699,15 +701,15 @@ def normalized_score(env_id, episode_return):
 # ==================================================================================================
 # Training
 # ==================================================================================================
-# Of each training step, in the order in which train collects them.
+# What train logs of its steps, in the order in which it collects them.
 METRICS = ("loss", "saturated_fraction", "grad_norm", "clipped_fraction")
 
 
 def training_loss(model, windows):
     """Mean squared error of the actions, and the share of predicted ones beyond ±0.99.
 
-    There tanh is flat, so that hardly any gradient passes.
-    Both are means over the valid steps and the action dimensions.
+    Both are means over the valid steps and the action dimensions. Where tanh is beyond ±0.99, hardly
+    any gradient passes.
     """
     predicted = model(windows.returns_to_go, windows.states, windows.actions, windows.timesteps)
     valid = windows.valid[..., None].expand_as(predicted)  # [batch, K, act_dim]
@@ -736,7 +738,7 @@ def make_model(args, backbone, data, max_timestep):
     if args.head_std is not None:
         # nn.Linear draws this weight for its act_dim inputs, its deviation is 1 / sqrt(3 act_dim).
         # As the action head it has `width` inputs, of variance 1 if ln_f's weights are 1: then, on
-        # Hopper, the tanh sees a deviation of sqrt(768) / 3 = 9, and passes nearly no gradient.
+        # Hopper, the tanh sees a deviation of sqrt(768) / 3 = 9: most actions start saturated.
         nn.init.normal_(model.embed_action.weight, std=args.head_std)
     return model.to(args.device)
 
@@ -783,7 +785,7 @@ def train(args, folder, backbone):
         log = checkpoint["log"]
         print(f"{folder} goes on after epoch {checkpoint['epoch']}.")
 
-    # The same parameters, as training uses them: compiled for a GPU, shared by processes.
+    # How training calls the model: compiled for a GPU, shared by processes, the same parameters.
     training_model = model
     if args.compile:
         training_model = torch.compile(training_model, mode="reduce-overhead")  # CUDA graphs
@@ -794,14 +796,14 @@ def train(args, folder, backbone):
 
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        # From TensorBoard, purge what a killed run has logged since its last checkpoint.
+        # TensorBoard shall not show what a killed run has logged after its last checkpoint.
         writer = SummaryWriter(folder, purge_step=step + 1 if log else 0, flush_secs=10)
         writer.add_text("hyperparameters", pd.Series(asdict(args)).to_frame("value").to_html())
 
     for epoch in range(first_epoch, args.num_epochs + 1):  # epoch 0 is the model before training
         num_steps = args.steps_per_epoch if epoch > 0 else 0  # none, it is only evaluated
-        # All chance in an epoch follows from the seed and the epoch's number alone, so that a run
-        # that was interrupted gives the numbers of one that was not.
+        # All chance in an epoch follows from seed, epoch and rank alone, so that a run that was
+        # interrupted gives the numbers of one that was not.
         rng = np.random.default_rng([args.seed, epoch, rank])
         torch.manual_seed(int(rng.integers(2**60)))  # for dropout
         # Starts are drawn from all transitions, which is what the released code does in two steps:

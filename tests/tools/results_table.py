@@ -1,11 +1,12 @@
-"""A table and a figure of runs side by side, from their log.csv.
+"""Tables of runs and of analyses from their CSVs, and a figure of runs side by side.
 
     python tests/tools/results_table.py runs/*                      # mean ± deviation over seeds
     python tests/tools/results_table.py runs/* --readme README.md   # and put between its marks
     python tests/tools/results_table.py runs/ONE runs/ANOTHER --figure runs.png --title "..."
 
-A folder without log.csv, or with no epoch yet, is passed over. In the file that --readme names, `<!-- table: scores -->`
-and `<!-- end -->` enclose the table.
+A folder counts for what is in it: log.csv makes it a run, attention.csv, windows.csv, cka.csv,
+information.csv or block_0 an analysis. In the file that --readme names, `<!-- table: NAME -->` and
+`<!-- end -->` enclose a table: scores, losses, blocks, attention, gradients, cka, information.
 """
 
 import re
@@ -61,7 +62,7 @@ class Args:
     paper_scale: bool = False
     """Hopper's scores between the returns that the paper takes, instead of D4RL's"""
     readme: Path | None = None
-    """file to put the table in, between its marks"""
+    """file to put the tables in, between their marks"""
     figure: Path | None = None
     """PNG of the runs over their training steps"""
     title: str = ""
@@ -145,7 +146,84 @@ def score_table(log, paper_scale=False):
     return pd.DataFrame(rows).astype({"steps": int}).astype(object).fillna("-").astype(str)
 
 
+def by_backbone(scores, value):
+    """One column of the table of scores: a row for each setting, a column for each backbone."""
+    settings = [name for name in ("env", "K", "head_std") if name in scores]
+    return scores.pivot(index=settings, columns="backbone", values=value).fillna("-").reset_index()
+
+
+def page_tables(scores):
+    """The best epochs, below them the paper's, and the losses of the last epochs."""
+    paper = scores.drop_duplicates(["env", "K", "backbone"]).assign(head_std="the paper")
+    paper["best"] = paper["paper, best of 40"]
+    return {
+        "scores": by_backbone(pd.concat([scores, paper]), "best"),
+        "losses": by_backbone(scores, "loss"),
+    }
+
+
+# ==================================================================================================
+# Analyses: a table for each, from the CSVs in its folder
+# ==================================================================================================
+def block_table(folder):
+    """Loss and score of the last epoch, for each block that was replaced."""
+    log = read_logs(sorted(folder.glob("block_*")))
+    last = log[log.epoch == log.epoch.max()]
+    table = last.groupby("run")[["loss", "score"]].mean().round({"loss": 3, "score": 1}).T
+    return table.rename(columns=lambda run: run.split("/")[-1].replace("_", " ")).astype(str)
+
+
+def attention_table(folder):
+    """Mean attention distance in tokens."""
+    attention = pd.read_csv(folder / "attention.csv")
+    distances = attention.groupby(["label", "epoch", "block"], sort=False).distance.mean()
+    return distances.unstack().add_prefix("block ")
+
+
+def gradient_table(folder):
+    """What single windows' gradients are like, and how far the parameters have moved."""
+    windows = pd.read_csv(folder / "windows.csv").groupby("label", sort=False)
+    pairs = pd.read_csv(folder / "pairs.csv").groupby("label", sort=False)
+    sets = pd.read_csv(folder / "sets.csv").groupby("label", sort=False)
+    return pd.DataFrame(
+        {
+            "gradient norm, median": windows["norm"].median(),
+            "lowest cosine": pairs["cosine"].min(),
+            "relative distance moved, median": sets["relative_distance"].median(),
+        }
+    )
+
+
+def cka_table(folder):
+    """CKA before and after, mean over layers."""
+    cka = pd.read_csv(folder / "cka.csv")
+    means = cka.groupby(["label", "token", "kind"], sort=False).cka.mean().unstack([1, 2])
+    means.columns = [f"{token}: {kind}" for token, kind in means.columns]
+    return means
+
+
+def information_table(folder):
+    """Mutual information in nats, held out / of the training windows, mean over all it was asked for."""
+    information = pd.read_csv(folder / "information.csv")
+    information = information[~information.shuffled]
+    means = information.groupby(["quantity", "label"], sort=False)[["held_out", "training"]].mean()
+    cells = means.held_out.map("{:.2f}".format) + " / " + means.training.map("{:.2f}".format)
+    return cells.unstack().fillna("")
+
+
+ANALYSES = {  # by a file that only this analysis leaves in its folder
+    "block_0": ("blocks", block_table),
+    "attention.csv": ("attention", attention_table),
+    "windows.csv": ("gradients", gradient_table),
+    "cka.csv": ("cka", cka_table),
+    "information.csv": ("information", information_table),
+}
+
+
 def markdown(table):
+    """A table of text, as it is written in a README."""
+    floats = table.select_dtypes("float").columns
+    table = table.assign(**{name: table[name].map("{:.2f}".format) for name in floats}).astype(str)
     lines = [table.columns, ["---"] * len(table.columns), *table.to_numpy()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -174,13 +252,20 @@ def plot_runs(log, title):
 
 def main(args):
     log = read_logs(args.folders, args.paper_scale)
-    table = markdown(score_table(log, args.paper_scale))
-    print(table)
+    scores = score_table(log, args.paper_scale)
+    print(markdown(scores))
+    tables = page_tables(scores)
+    for folder in args.folders:
+        for file, (name, make_table) in ANALYSES.items():
+            if (folder / file).exists():
+                tables[name] = make_table(folder).rename_axis(columns=None).reset_index()
+                print(f"\n{folder}: {name}\n{markdown(tables[name])}")
     if args.readme:
-        mark = "<!-- table: scores -->"
-        filled = f"{mark}\n{table}\n<!-- end -->"
         text = args.readme.read_text()
-        text = re.sub(f"{mark}\n.*?<!-- end -->", lambda _: filled, text, flags=re.DOTALL)
+        for name, table in tables.items():
+            mark = f"<!-- table: {name} -->"
+            filled = f"{mark}\n{markdown(table)}\n<!-- end -->"
+            text = re.sub(f"{mark}\n.*?<!-- end -->", lambda _: filled, text, flags=re.DOTALL)
         args.readme.write_text(text)
     if args.figure:
         plot_runs(log, args.title).savefig(args.figure, dpi=120, bbox_inches="tight")
