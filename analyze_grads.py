@@ -76,7 +76,7 @@ class Args:
     dataset: str | None = None
     """Minari id or folder, or D4RL's .hdf5 file; by default mujoco/{hopper,...}/medium-v0"""
     sample: bool = False
-    """bundled data, small backbones and other defaults (SAMPLE), for two CPU cores"""
+    """bundled data, small backbones and defaults for two CPU cores, as shown by --sample --help"""
 
     # Model
     context_length: PositiveInt = 20
@@ -131,7 +131,7 @@ class Args:
     the run stopped"""
 
 
-# What --sample changes where nothing else is given. Models that small need no dropout, and with the
+# What --sample changes where nothing else is given. Models this small need no dropout, and with the
 # paper's head (--head-std None) their actions would be saturated for most of so short a run.
 SAMPLE = Args(
     sample=True,
@@ -143,6 +143,8 @@ SAMPLE = Args(
     num_epochs=2,
     steps_per_epoch=700,
     num_eval_episodes=8,
+    precision="fp32",
+    compile=False,
 )
 
 
@@ -228,12 +230,9 @@ class Attention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def heads(self, x):
-        """Queries, keys and values of all heads, each [batch, heads, tokens, width / heads]."""
-        query, key, value = self.c_attn(x).chunk(3, dim=-1)  # one product for all three
-        query = query.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
-        key = key.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
-        value = value.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
-        return query, key, value
+        """Queries, keys and values of all heads, [3, batch, heads, tokens, width / heads]."""
+        x = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # one product for all three
+        return x.permute(2, 0, 3, 1, 4)
 
     def forward(self, x):  # [batch, tokens, width]
         query, key, value = self.heads(x)
@@ -272,8 +271,7 @@ class Block(nn.Module):
     def forward(self, x):
         # x itself runs through unchanged; each branch reads a normalized copy and adds to it.
         x = x + self.attn(self.ln_1(x))
-        x = x + self.mlp(self.ln_2(x))
-        return x
+        return x + self.mlp(self.ln_2(x))
 
 
 class DecisionTransformer(nn.Module):
@@ -308,7 +306,7 @@ class DecisionTransformer(nn.Module):
                 "ln_f": LAYER_NORMS[final_norm](width, eps=configs[0].epsilon),
             }
         )
-        # The residual branches start small, the more so the more there are, as in GPT-2.
+        # The last weights of every branch start small, the smaller the more branches, as in GPT-2.
         # [decision_transformer/models/trajectory_gpt2.py#L525]
         for name, weight in self.transformer.h.named_parameters():
             if name.endswith("c_proj.weight"):
@@ -318,16 +316,16 @@ class DecisionTransformer(nn.Module):
         """The tokens R_1 s_1 a_1 R_2 s_2 a_2 ... that enter the first block, [batch, 3K, width]."""
         # In float32: in bf16 returns of 3.600 and 3.601 are the same number.
         with torch.autocast(states.device.type, enabled=False):
-            return_tokens = self.embed_return(returns_to_go)
-            state_tokens = self.embed_state(states)
-            action_tokens = self.embed_action(actions)
-        tokens = torch.stack([return_tokens, state_tokens, action_tokens], dim=2)
+            tokens = [
+                self.embed_return(returns_to_go),
+                self.embed_state(states),
+                self.embed_action(actions),
+            ]
         # The three tokens of a step get the same embedding of its time, after the LayerNorm.
         # [decision_transformer/models/decision_transformer.py#L165]
         times = self.embed_timestep(timesteps)[:, :, None]  # [batch, K, 1, width]
-        tokens = self.embed_ln(tokens) + times  # [batch, K, 3, width]
-        tokens = tokens.flatten(1, 2)
-        return self.transformer.drop(tokens)
+        tokens = self.embed_ln(torch.stack(tokens, dim=2)) + times  # [batch, K, 3, width]
+        return self.transformer.drop(tokens.flatten(1, 2))
 
     def forward(self, returns_to_go, states, actions, timesteps):
         """Predicted actions [batch, K, act_dim], from inputs shaped as in Windows.
@@ -367,8 +365,8 @@ BUNDLED = {  # what --sample takes instead, under tests/assets
 
 class Backbone(NamedTuple):
     configs: list[BlockConfig]  # of its blocks
-    final_norm: str  # of ln_f: the blocks' layer_norm (dt_no_context.py exchanges a block alone)
-    weights: dict[str, torch.Tensor]  # by their names under model.transformer; none if random
+    final_norm: str  # kind of ln_f; apart, as dt_no_context.py mixes blocks of different kinds
+    weights: dict[str, torch.Tensor]  # by their names in transformers' model; none if random
 
 
 def load_backbone(args):
@@ -398,10 +396,7 @@ def load_backbone(args):
         # the mean and adds a bias, new and zero.
         # [decision_transformer/models/decision_transformer.py#L46]
         config = replace(config, layer_norm="layernorm")
-    weights = model.state_dict()
-    for name in ("wte.weight", "wpe.weight"):  # word and position embeddings are not used
-        del weights[name]
-    return Backbone([config] * len(model.h), config.layer_norm, weights)
+    return Backbone([config] * len(model.h), config.layer_norm, model.state_dict())
 
 
 def read_pretrained(source, dropout):
@@ -425,10 +420,8 @@ def read_pretrained(source, dropout):
         model, report = transformers.AutoModel.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True
         )
-        # Missing weights, which transformers would draw at random.
-        missing = [name for name in report["missing_keys"] if name.startswith(("h.", "ln_f."))]
-        if missing:
-            raise ValueError(f"weights are missing: {missing[:3]}")
+        if report["missing_keys"]:  # transformers has drawn them at random
+            raise ValueError(f"weights are missing: {sorted(report['missing_keys'])}")
         config = BlockConfig(
             n_embd=their_config.n_embd,
             n_head=their_config.n_head,
@@ -451,7 +444,7 @@ def check_outputs(theirs, config):
     """
     ours = nn.Sequential(*[Block(config) for _ in theirs.h]).eval()
     ours.load_state_dict(theirs.h.state_dict())
-    theirs.wpe.weight.zero_()  # the position embedding, which load_backbone drops
+    theirs.wpe.weight.zero_()  # the position embedding, which ours does not have
     theirs.config.is_decoder = True  # without it transformers 5 gives ImageGPT no causal mask
     x = torch.randn(1, 16, config.n_embd)  # [batch, tokens, width]
     expected = theirs(inputs_embeds=x, use_cache=False).last_hidden_state
@@ -468,18 +461,15 @@ def check_outputs(theirs, config):
 # Data: episodes from Minari or D4RL, and windows of K steps
 # ==================================================================================================
 class Task(NamedTuple):
-    dataset: str
     target_return: float  # [experiment.py#L101]; the released code also asks for half of it
     random_return: float  # D4RL's reference returns, between which scores are normalized
     expert_return: float
 
 
-# The paper used D4RL's medium data, recorded by other policies than Minari's: to compare with it,
-# give D4RL's file, as --dataset hopper_medium-v2.hdf5.
 TASKS = {
-    "Hopper": Task("mujoco/hopper/medium-v0", 3600, -20.272305, 3234.3),
-    "HalfCheetah": Task("mujoco/halfcheetah/medium-v0", 6000, -280.178953, 12135.0),
-    "Walker2d": Task("mujoco/walker2d/medium-v0", 5000, 1.629008, 4592.3),
+    "Hopper": Task(3600, -20.272305, 3234.3),
+    "HalfCheetah": Task(6000, -280.178953, 12135.0),
+    "Walker2d": Task(5000, 1.629008, 4592.3),
 }
 
 
@@ -490,7 +480,7 @@ class Episode(NamedTuple):
 
 
 class Windows(NamedTuple):
-    """K consecutive steps each; what lies beyond the end of an episode is zero and not valid."""
+    """K consecutive steps each; what lies beyond the end of an episode is not valid."""
 
     returns_to_go: torch.Tensor  # [batch, K, 1]
     states: torch.Tensor  # [batch, K, state_dim], normalized
@@ -506,11 +496,10 @@ def read_d4rl(path):
     """
     with h5py.File(path) as file:
         # An episode ends where the policy failed, or where the time was up.
-        is_last = file["terminals"][()].astype(bool) | file["timeouts"][()].astype(bool)
+        is_last = np.logical_or(file["terminals"], file["timeouts"])
         ends = np.flatnonzero(is_last) + 1
-        columns = []
-        for name in ("observations", "actions", "rewards"):
-            columns.append(np.split(file[name][()], ends)[:-1])
+        names = ("observations", "actions", "rewards")
+        columns = [np.split(file[name], ends)[:-1] for name in names]
     return [Episode(*column) for column in zip(*columns)]
 
 
@@ -535,11 +524,11 @@ def read_minari(dataset, env_id):
         sys.exit(f"{folder} was recorded in {recorded_in}, not in {env_id}.")
     if recorded_in != env_id:  # Hopper and HalfCheetah behave alike in -v4 and -v5, Walker2d not
         print(f"The data were recorded in {recorded_in}, the model is evaluated in {env_id}.")
-    episodes = []
-    for episode in minari.MinariDataset(folder).iterate_episodes():
-        # Minari also keeps the observation after the last action.
-        episodes.append(Episode(episode.observations[:-1], episode.actions, episode.rewards))
-    return episodes
+    # Minari also keeps the observation after the last action.
+    return [
+        Episode(episode.observations[:-1], episode.actions, episode.rewards)
+        for episode in minari.MinariDataset(folder).iterate_episodes()
+    ]
 
 
 def load_episodes(args, env):
@@ -579,8 +568,9 @@ class OfflineData:
         # released code does, it would be huge. Hopper, HalfCheetah and Walker2d have no such state.
         std = np.where(std < 1e-6, 1, std + 1e-6)  # [experiment.py#L151]
         # The return-to-go of a step is the undiscounted sum of its reward and of all later ones.
-        rewards = [episode.rewards.astype(np.float64) for episode in episodes]
-        returns_to_go = np.concatenate([r[::-1].cumsum()[::-1] for r in rewards])
+        returns_to_go = np.concatenate(
+            [episode.rewards[::-1].cumsum(dtype=np.float64)[::-1] for episode in episodes]
+        )
         timesteps = np.concatenate([np.arange(length) for length in lengths])
         # For each transition, where the next episode begins.
         episode_ends = np.repeat(np.cumsum(lengths), lengths)
@@ -604,12 +594,12 @@ class OfflineData:
         """
         index = starts[:, None] + torch.arange(context_length, device=starts.device)  # [batch, K]
         valid = index < self.episode_ends[starts][:, None]
-        index = torch.where(valid, index, 0)  # any transition will do, it is multiplied by 0
+        index = torch.where(valid, index, 0)  # any transition will do: nothing looks at it
         return Windows(
-            returns_to_go=self.returns_to_go[index] * valid[..., None],
-            states=self.states[index] * valid[..., None],
-            actions=self.actions[index] * valid[..., None],
-            timesteps=self.timesteps[index] * valid,
+            returns_to_go=self.returns_to_go[index],
+            states=self.states[index],
+            actions=self.actions[index],
+            timesteps=self.timesteps[index],
             valid=valid,
         )
 
@@ -682,18 +672,17 @@ def evaluate(model, env, args):
         states[:, t] = (observations - model.state_mean) / model.state_std
         # The return that is still to come.
         to_go = (args.target_return - episode_returns) / args.return_scale
-        returns_to_go[:, t, 0] = torch.as_tensor(np.float32(to_go), device=args.device)
+        returns_to_go[:, t, 0] = torch.as_tensor(to_go)
         # Only episodes that go on are predicted, which saves time.
-        rows = torch.as_tensor(np.flatnonzero(running), device=args.device)
         context = slice(max(0, t - args.context_length + 1), t + 1)
         with autocast(args):
             predicted = model(
-                returns_to_go[rows, context],
-                states[rows, context],
-                actions[rows, context],
-                timesteps[rows, context],
+                returns_to_go[running, context],
+                states[running, context],
+                actions[running, context],
+                timesteps[running, context],
             )
-        actions[rows, t] = predicted[:, -1]
+        actions[running, t] = predicted[:, -1]
 
         # Copies that are done go on until all are; what they do from then on is not counted.
         observations, rewards, terminated, truncated, _ = env.step(actions[:, t].cpu().numpy())
@@ -721,15 +710,19 @@ def normalized_score(env_id, episode_return):
 # ==================================================================================================
 # Training
 # ==================================================================================================
-# Of each training step, in the order in which train collects them.
+# What train logs of its steps, in the order in which it collects them.
 METRICS = ("loss", "saturated_fraction", "grad_norm", "clipped_fraction")
+# Set by torchrun, whose processes each train on windows and on a GPU of their own. The first one
+# also evaluates and writes.
+RANK = int(os.environ.get("RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def training_loss(model, windows):
     """Mean squared error of the actions, and the share of predicted ones beyond ±0.99.
 
-    There tanh is flat, so that hardly any gradient passes.
-    Both are means over the valid steps and the action dimensions.
+    Both are means over the valid steps and the action dimensions. There, tanh is so flat that
+    hardly any gradient passes.
     """
     predicted = model(windows.returns_to_go, windows.states, windows.actions, windows.timesteps)
     valid = windows.valid[..., None].expand_as(predicted)  # [batch, K, act_dim]
@@ -752,13 +745,14 @@ def make_model(args, backbone, data, max_timestep):
     )
     model.state_mean.copy_(data.state_mean)
     model.state_std.copy_(data.state_std)
-    # Not strict: what `backbone` lacks stays as it was drawn. A random one lacks everything,
-    # igpt-as-gpt2 lacks the LayerNorms' biases, that of dt_no_context.py all blocks but one.
+    # Not strict: word and position embeddings are not used, and what `backbone` lacks stays as it
+    # was drawn. A random one lacks everything, igpt-as-gpt2 lacks the LayerNorms' biases, that of
+    # dt_no_context.py all blocks but one.
     model.transformer.load_state_dict(backbone.weights, strict=False)
     if args.head_std is not None:
         # nn.Linear draws this weight for its act_dim inputs, its deviation is 1 / sqrt(3 act_dim).
         # As the action head it has `width` inputs, of variance 1 if ln_f's weights are 1: then, on
-        # Hopper, the tanh sees a deviation of sqrt(768) / 3 = 9, and passes nearly no gradient.
+        # Hopper, the tanh sees a deviation of sqrt(768) / 3 = 9: most actions start saturated.
         nn.init.normal_(model.embed_action.weight, std=args.head_std)
     return model.to(args.device)
 
@@ -769,10 +763,7 @@ def train(args, folder, backbone):
     Leaves checkpoints, TensorBoard events and log.csv in `folder`: a row for each 25th part of an
     epoch (the means of METRICS), and one for each episode of an evaluation (return, length, score).
     """
-    # Set by torchrun, whose processes each train on windows and on a GPU of their own.
-    rank = int(os.environ.get("RANK", 0))
-    num_processes = int(os.environ.get("WORLD_SIZE", 1))
-    if num_processes > 1 and not torch.distributed.is_initialized():
+    if WORLD_SIZE > 1 and not torch.distributed.is_initialized():
         # The others wait while the first process evaluates.
         torch.distributed.init_process_group(timeout=timedelta(hours=12))
 
@@ -805,30 +796,30 @@ def train(args, folder, backbone):
         log = checkpoint["log"]
         print(f"{folder} goes on after epoch {checkpoint['epoch']}.")
 
-    # The same parameters, as training uses them: compiled for a GPU, shared by processes.
+    # How training calls the model: compiled for a GPU, shared by processes, the same parameters.
     training_model = model
     if args.compile:
         training_model = torch.compile(training_model, mode="reduce-overhead")  # CUDA graphs
-    if num_processes > 1:
+    if WORLD_SIZE > 1:
         # Gradients are averaged. As each process divides its loss by its own number of valid steps,
         # this differs slightly from one mean over all steps.
         training_model = nn.parallel.DistributedDataParallel(training_model)
 
-    if rank == 0:
+    if RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        # From TensorBoard, purge what a killed run has logged since its last checkpoint.
+        # TensorBoard shall not show what a killed run has logged after its last checkpoint.
         writer = SummaryWriter(folder, purge_step=step + 1 if log else 0, flush_secs=10)
         writer.add_text("hyperparameters", pd.Series(asdict(args)).to_frame("value").to_html())
 
     for epoch in range(first_epoch, args.num_epochs + 1):  # epoch 0 is the model before training
         num_steps = args.steps_per_epoch if epoch > 0 else 0  # none, it is only evaluated
-        # All chance in an epoch follows from the seed and the epoch's number alone, so that a run
-        # that was interrupted gives the numbers of one that was not.
-        rng = np.random.default_rng([args.seed, epoch, rank])
-        torch.manual_seed(int(rng.integers(2**60)))  # for dropout
+        # All chance in an epoch follows from seed, epoch and rank alone, so that a run that was
+        # interrupted gives the numbers of one that was not.
+        rng = np.random.default_rng([args.seed, epoch, RANK])
+        torch.manual_seed(rng.integers(2**60))  # for dropout
         # Starts are drawn from all transitions, which is what the released code does in two steps:
         # an episode in proportion to its length, then a start in it. [experiment.py#L191]
-        size = (num_steps, args.batch_size // num_processes)
+        size = (num_steps, args.batch_size // WORLD_SIZE)
         epoch_starts = torch.as_tensor(
             rng.integers(len(data.states), size=size), device=args.device
         )
@@ -840,7 +831,7 @@ def train(args, folder, backbone):
             epoch_starts,
             desc=f"epoch {epoch}/{args.num_epochs}",
             unit="step",
-            disable=rank > 0 or epoch == 0,
+            disable=RANK > 0 or epoch == 0,
         )
         for i, window_starts in enumerate(progress, start=1):
             # The learning rate rises linearly, then stays. [experiment.py#L400]
@@ -860,7 +851,7 @@ def train(args, folder, backbone):
             optimizer.zero_grad()
             step += 1
 
-            if rank > 0:
+            if RANK > 0:
                 continue  # the first process reports, of its own windows
             # Metrics stay on the device; to read them here would wait for it in every step.
             clipped = (grad_norm > args.max_grad_norm).float()
@@ -877,7 +868,7 @@ def train(args, folder, backbone):
                 log.append({"epoch": epoch, "step": step, **means})
                 for name, value in means.items():
                     writer.add_scalar(f"train/{name}", value, step)
-        if rank > 0:
+        if RANK > 0:
             continue  # the first process evaluates and writes
 
         returns, lengths = evaluate(model, env, args)
@@ -911,14 +902,13 @@ def train(args, folder, backbone):
         if epoch in args.save_epochs or epoch == args.num_epochs:
             torch.save(checkpoint, folder / f"epoch_{epoch}.pt")
         # The best of 40 noisy evaluations is biased upwards, but it is what the paper reports.
-        mean_returns = frame[frame.epoch > 0].groupby("epoch")["return"].mean()
-        if epoch > 0 and mean_returns.idxmax() == epoch:
+        mean_returns = frame.groupby("epoch")["return"].mean()
+        if epoch > 0 and mean_returns.loc[1:].idxmax() == epoch:
             torch.save(checkpoint, folder / "best.pt")
-        checkpoint["optimizer"] = optimizer.state_dict()
-        checkpoint["log"] = log
-        torch.save(checkpoint, folder / "latest.tmp")
+        latest = {**checkpoint, "optimizer": optimizer.state_dict(), "log": log}
+        torch.save(latest, folder / "latest.tmp")
         (folder / "latest.tmp").replace(folder / "latest.pt")
-    if rank == 0:
+    if RANK == 0:
         writer.close()
 
 
@@ -956,15 +946,14 @@ def gradient_statistics(model, windows):
     for block in tqdm(model.transformer.h, desc="gradients", unit="block", leave=False):
         gradients = gradients_of_windows(model, windows, list(block.parameters()))
         inner_products += (gradients @ gradients.T).cpu().double()  # Apple's mps has no float64
-    outside_blocks = []
-    for name, weight in model.named_parameters():
-        if not name.startswith("transformer.h."):
-            outside_blocks.append(weight)
+    outside_blocks = [
+        weight for name, weight in model.named_parameters() if not name.startswith("transformer.h.")
+    ]
     gradients = gradients_of_windows(model, windows, outside_blocks)
     squared_norms = inner_products.diagonal() + gradients.square().sum(dim=1).cpu()
 
     norms_in_blocks = inner_products.diagonal().sqrt()
-    # A window whose actions are all saturated has no gradient: its cosines are 0.
+    # A window whose actions are all exactly -1 or 1 has no gradient: its cosines are 0.
     cosines = inner_products / torch.outer(norms_in_blocks, norms_in_blocks).clamp(min=1e-30)
     return squared_norms.sqrt(), norms_in_blocks, cosines
 
@@ -987,7 +976,7 @@ def parameter_sets(model, before, windows, max_grad_norm):
     weights_before = before.transformer.h.state_dict()
     rows = []
     for name, weight in model.transformer.h.named_parameters():
-        old = weights_before[name].cpu().double().flatten()
+        old = weights_before[name].double().flatten()
         new = weight.detach().cpu().double().flatten()
         block, name_in_block = name.split(".", 1)
         rows.append(
@@ -1012,7 +1001,7 @@ def analyze(folder, epoch, analysis, args):
     """Tables of single windows, of pairs of them and of parameter sets, of a run after `epoch`.
 
     The windows depend on --seed, the data set and K alone, so that models are shown the same; the
-    released code draws new ones for each. Here and there, windows may be padded.
+    released code draws new ones for each. In both, windows may be padded.
     """
     before, _ = load_model(folder / "epoch_0.pt", "cpu")
     model, run_args = load_model(folder / f"epoch_{epoch}.pt", args.device)
@@ -1047,8 +1036,9 @@ def analyze(folder, epoch, analysis, args):
 def plot_windows(windows, pairs, title):
     """Norms of single windows' gradients, of the blocks' part after clipping, and their cosines.
 
-    The lowest cosine is the gradient confusion of Sankararaman et al. 2020, bars in Fig. 5.
-    Whiskers reach 1.5 interquartile ranges, as in the paper, whose boxes end at 0.25.
+    The norm is over all parameters, the rest over those of the blocks. A low lowest cosine is the
+    gradient confusion of Sankararaman et al. 2020, bars in Fig. 5. Whiskers reach 1.5 interquartile
+    ranges, as in the paper, which plots clipped norms: they end at 0.25.
     [analysis/section-54-gradient-analysis/compute_grad_norm.py#L107]
     """
     figure = Figure(figsize=(16, 2.5 + 0.4 * windows.label.nunique()), layout="constrained")
@@ -1062,14 +1052,13 @@ def plot_windows(windows, pairs, title):
     panels[0].set_xscale("log")
     panels[0].tick_params("x", which="both", rotation=90)
     for threshold in windows.max_grad_norm.unique():
-        if math.isfinite(threshold):
-            panels[0].axvline(threshold, color="black", linestyle="--")
-            panels[1].axvline(threshold, color="black", linestyle="--")
+        panels[0].axvline(threshold, color="black", linestyle="--")
+        panels[1].axvline(threshold, color="black", linestyle="--")
     num_compared = pairs.other_window.max() + 1
     panels[0].set(ylabel="", xlabel="gradient norm (dashed: clipping threshold)")
     panels[1].set(xlabel="norm of the blocks' gradient after clipping")
     panels[2].set(xlabel=f"cosine of two gradients, {num_compared} windows")
-    panels[3].set(xlabel="lowest cosine: gradient confusion")
+    panels[3].set(xlabel="lowest cosine (gradient confusion)")
     panels[3].locator_params("x", nbins=5)
     figure.suptitle(f"Gradients of {windows.window.nunique()} single windows\n{title}")
     return figure
@@ -1107,7 +1096,7 @@ def plot_shares(sets, title):
 def plot_sets(sets, columns, title):
     """Heat maps of parameter sets (down) and blocks (across); `columns` is {name: what it is}.
 
-    Each of these makes a line of heat maps, one per model, on one color scale. Sets are in the
+    Each of these makes a row of heat maps, one per model, on one color scale. Sets are in the
     order of the network; each heat map has labels of its own, as ImageGPT's blocks have fewer sets.
     """
     labels = sets.label.unique()
@@ -1132,7 +1121,7 @@ def plot_sets(sets, columns, title):
 
 
 def plot_learning_curves(log, title):
-    """Loss, return and gradient norm over the training steps (in App. G.3 without clipping)."""
+    """Loss, return and gradient norm over the training steps (App. G.3: with clipping or not)."""
     labels = {
         "loss": "mean squared action error",
         "return": "return (band: 95 % interval)",
@@ -1161,10 +1150,6 @@ def plot_learning_curves(log, title):
 # ==================================================================================================
 # Runs: finished ones, side by side
 # ==================================================================================================
-# What may tell runs apart. These stand in every row of log.csv.
-SETTINGS = ["env", "dataset", "backbone", "K", "head_std", "max_grad_norm", "seed"]
-
-
 def read_logs(folders):
     """The log.csv of several runs, one below the other.
 
@@ -1177,11 +1162,11 @@ def read_logs(folders):
             log = pd.read_csv(folder / "log.csv")
         logs.append(log.assign(run=str(folder).removeprefix("runs/")))
     log = pd.concat(logs, ignore_index=True)
-    runs = log.drop_duplicates("run").set_index("run")[SETTINGS]
-    runs = runs.astype(object).fillna("default")  # a head_std that was not given
-    labels = runs.backbone.copy()
-    for name in SETTINGS:
-        if name != "backbone" and runs[name].nunique() > 1:
+    # A head_std that was not given is nan.
+    runs = log.drop_duplicates("run").set_index("run").astype(object).fillna("default")
+    labels = runs.backbone
+    for name in ("env", "dataset", "K", "head_std", "max_grad_norm", "seed"):
+        if runs[name].nunique() > 1:
             labels += f", {name} " + runs[name].astype(str)
     if labels.duplicated().any():
         labels += " (" + labels.index + ")"
@@ -1205,8 +1190,7 @@ def exit_on_error(what):
     try:
         yield
     except Exception as error:
-        words = " ".join(str(error).split())[:300].rstrip(".")
-        sys.exit(f"{what} ({type(error).__name__}: {words}).")
+        sys.exit(f"{what} ({error!r:.300}).")
 
 
 def complete_arguments(args, subject):
@@ -1226,10 +1210,11 @@ def complete_arguments(args, subject):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     with exit_on_error(f"--device {args.device} cannot be used"):
         torch.zeros(1, device=args.device)
-    if args.dataset is None and args.sample:
-        args.dataset = f"sample/{env_name.lower()}/medium-v0"
-    elif args.dataset is None:
-        args.dataset = TASKS[env_name].dataset
+    if args.dataset is None:
+        # The paper used D4RL's medium data, recorded by other policies than Minari's: to compare
+        # with it, give D4RL's file, as --dataset hopper_medium-v2.hdf5.
+        source = "sample" if args.sample else "mujoco"
+        args.dataset = f"{source}/{env_name.lower()}/medium-v0"
     if args.target_return is None:
         args.target_return = TASKS[env_name].target_return
     if args.run_name is None:
@@ -1270,11 +1255,11 @@ def load_model(path, device):
     return model.eval(), replace(args, device=device)
 
 
-def save_figure(figure, path, step):
+def save_figure(figure, path):
     """Keep a figure as a PNG and as a TensorBoard image."""
     figure.savefig(path, dpi=120, bbox_inches="tight")
     with SummaryWriter(path.parent) as writer:
-        writer.add_image(path.stem, imageio.imread(path), step, dataformats="HWC")
+        writer.add_image(path.stem, imageio.imread(path), dataformats="HWC")
 
 
 # ==================================================================================================
@@ -1295,33 +1280,30 @@ if __name__ == "__main__":
     folder = complete_arguments(args, subject="study")
     folders = list(dict.fromkeys(analysis.runs))  # each once
     if not folders:
-        # What cannot be trained or analyzed is refused before any training.
-        if max(analysis.epochs) > args.num_epochs:
-            sys.exit(f"--epochs {max(analysis.epochs)} is beyond --num-epochs {args.num_epochs}.")
+        args.num_epochs = max(args.num_epochs, *analysis.epochs)
         args.save_epochs = (0, *analysis.epochs, *args.save_epochs)
+        # All that cannot be loaded is refused before any training.
         backbones = {}
         for name in analysis.backbones:
             backbones[name] = load_backbone(replace(args, backbone=name))
         for name, backbone in backbones.items():
             folders.append(folder / name.replace("/", "_"))
             train(replace(args, backbone=name), folders[-1], backbone)
-    if int(os.environ.get("RANK", 0)) > 0:
+    if RANK > 0:
         sys.exit()  # under torchrun the first process does the rest
 
     log = read_logs(folders)
-    tables = {"windows": [], "pairs": [], "sets": []}
-    progress = tqdm(folders, desc="analysis", unit="run")
-    for run_folder, run, label in zip(progress, log.run.unique(), log.label.unique()):
+    of_models = []
+    for run_folder, run, label in zip(folders, log.run.unique(), log.label.unique()):
         for epoch in analysis.epochs:
-            of_model = analyze(run_folder, epoch, analysis, args)
-            for kind, table in zip(tables, of_model):
-                table = table.assign(run=run, label=f"{label}, epoch {epoch}", epoch=epoch)
-                tables[kind].append(table)
+            model = {"run": run, "label": f"{label}, epoch {epoch}", "epoch": epoch}
+            tables = analyze(run_folder, epoch, analysis, args)
+            of_models.append([table.assign(**model) for table in tables])
+    windows, pairs, sets = (pd.concat(tables, ignore_index=True) for tables in zip(*of_models))
     folder.mkdir(parents=True, exist_ok=True)
-    for kind in tables:
-        tables[kind] = pd.concat(tables[kind], ignore_index=True)
-        tables[kind].to_csv(folder / f"{kind}.csv", index=False)
-    windows, pairs, sets = tables.values()
+    windows.to_csv(folder / "windows.csv", index=False)
+    pairs.to_csv(folder / "pairs.csv", index=False)
+    sets.to_csv(folder / "sets.csv", index=False)
 
     title = describe(log)
     of_batch = f"Clipped gradient of one batch of {analysis.norm_windows} windows\n{title}"
@@ -1340,12 +1322,12 @@ if __name__ == "__main__":
         "learning_curves": plot_learning_curves(log, title),
     }
     for name, figure in figures.items():
-        save_figure(figure, folder / f"{name}.png", log.step.max())
+        save_figure(figure, folder / f"{name}.png")
 
     summary = windows.groupby("label", sort=False)[["norm", "clipped_block_norm"]].median()
     summary = summary.add_prefix("median_")
     summary["mean_cosine"] = pairs.groupby("label").cosine.mean()
-    summary["confusion"] = pairs.groupby("label").cosine.min()
+    summary["lowest_cosine"] = pairs.groupby("label").cosine.min()
     summary["median_relative_distance"] = sets.groupby("label").relative_distance.median()
     print(summary.round(4).to_string())
     print(f"{folder}: tables and figures; or: tensorboard --logdir runs")

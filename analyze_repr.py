@@ -76,7 +76,7 @@ class Args:
     dataset: str | None = None
     """Minari id or folder, or D4RL's .hdf5 file; by default mujoco/{hopper,...}/medium-v0"""
     sample: bool = False
-    """bundled data, small backbones and other defaults (SAMPLE), for two CPU cores"""
+    """bundled data, small backbones and defaults for two CPU cores, as shown by --sample --help"""
 
     # Model
     context_length: PositiveInt = 20
@@ -131,7 +131,7 @@ class Args:
     the run stopped"""
 
 
-# What --sample changes where nothing else is given. Models that small need no dropout, and with the
+# What --sample changes where nothing else is given. Models this small need no dropout, and with the
 # paper's head (--head-std None) their actions would be saturated for most of so short a run.
 SAMPLE = Args(
     sample=True,
@@ -143,6 +143,8 @@ SAMPLE = Args(
     num_epochs=2,
     steps_per_epoch=700,
     num_eval_episodes=8,
+    precision="fp32",
+    compile=False,
 )
 
 
@@ -241,12 +243,9 @@ class Attention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def heads(self, x):
-        """Queries, keys and values of all heads, each [batch, heads, tokens, width / heads]."""
-        query, key, value = self.c_attn(x).chunk(3, dim=-1)  # one product for all three
-        query = query.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
-        key = key.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
-        value = value.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
-        return query, key, value
+        """Queries, keys and values of all heads, [3, batch, heads, tokens, width / heads]."""
+        x = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # one product for all three
+        return x.permute(2, 0, 3, 1, 4)
 
     def forward(self, x):  # [batch, tokens, width]
         query, key, value = self.heads(x)
@@ -285,8 +284,7 @@ class Block(nn.Module):
     def forward(self, x):
         # x itself runs through unchanged; each branch reads a normalized copy and adds to it.
         x = x + self.attn(self.ln_1(x))
-        x = x + self.mlp(self.ln_2(x))
-        return x
+        return x + self.mlp(self.ln_2(x))
 
 
 class DecisionTransformer(nn.Module):
@@ -321,7 +319,7 @@ class DecisionTransformer(nn.Module):
                 "ln_f": LAYER_NORMS[final_norm](width, eps=configs[0].epsilon),
             }
         )
-        # The residual branches start small, the more so the more there are, as in GPT-2.
+        # The last weights of every branch start small, the smaller the more branches, as in GPT-2.
         # [decision_transformer/models/trajectory_gpt2.py#L525]
         for name, weight in self.transformer.h.named_parameters():
             if name.endswith("c_proj.weight"):
@@ -331,16 +329,16 @@ class DecisionTransformer(nn.Module):
         """The tokens R_1 s_1 a_1 R_2 s_2 a_2 ... that enter the first block, [batch, 3K, width]."""
         # In float32: in bf16 returns of 3.600 and 3.601 are the same number.
         with torch.autocast(states.device.type, enabled=False):
-            return_tokens = self.embed_return(returns_to_go)
-            state_tokens = self.embed_state(states)
-            action_tokens = self.embed_action(actions)
-        tokens = torch.stack([return_tokens, state_tokens, action_tokens], dim=2)
+            tokens = [
+                self.embed_return(returns_to_go),
+                self.embed_state(states),
+                self.embed_action(actions),
+            ]
         # The three tokens of a step get the same embedding of its time, after the LayerNorm.
         # [decision_transformer/models/decision_transformer.py#L165]
         times = self.embed_timestep(timesteps)[:, :, None]  # [batch, K, 1, width]
-        tokens = self.embed_ln(tokens) + times  # [batch, K, 3, width]
-        tokens = tokens.flatten(1, 2)
-        return self.transformer.drop(tokens)
+        tokens = self.embed_ln(torch.stack(tokens, dim=2)) + times  # [batch, K, 3, width]
+        return self.transformer.drop(tokens.flatten(1, 2))
 
     def forward(self, returns_to_go, states, actions, timesteps):
         """Predicted actions [batch, K, act_dim], from inputs shaped as in Windows.
@@ -380,8 +378,8 @@ BUNDLED = {  # what --sample takes instead, under tests/assets
 
 class Backbone(NamedTuple):
     configs: list[BlockConfig]  # of its blocks
-    final_norm: str  # of ln_f: the blocks' layer_norm (dt_no_context.py exchanges a block alone)
-    weights: dict[str, torch.Tensor]  # by their names under model.transformer; none if random
+    final_norm: str  # kind of ln_f; apart, as dt_no_context.py mixes blocks of different kinds
+    weights: dict[str, torch.Tensor]  # by their names in transformers' model; none if random
 
 
 def load_backbone(args):
@@ -411,10 +409,7 @@ def load_backbone(args):
         # the mean and adds a bias, new and zero.
         # [decision_transformer/models/decision_transformer.py#L46]
         config = replace(config, layer_norm="layernorm")
-    weights = model.state_dict()
-    for name in ("wte.weight", "wpe.weight"):  # word and position embeddings are not used
-        del weights[name]
-    return Backbone([config] * len(model.h), config.layer_norm, weights)
+    return Backbone([config] * len(model.h), config.layer_norm, model.state_dict())
 
 
 def read_pretrained(source, dropout):
@@ -438,10 +433,8 @@ def read_pretrained(source, dropout):
         model, report = transformers.AutoModel.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True
         )
-        # Missing weights, which transformers would draw at random.
-        missing = [name for name in report["missing_keys"] if name.startswith(("h.", "ln_f."))]
-        if missing:
-            raise ValueError(f"weights are missing: {missing[:3]}")
+        if report["missing_keys"]:  # transformers has drawn them at random
+            raise ValueError(f"weights are missing: {sorted(report['missing_keys'])}")
         config = BlockConfig(
             n_embd=their_config.n_embd,
             n_head=their_config.n_head,
@@ -464,7 +457,7 @@ def check_outputs(theirs, config):
     """
     ours = nn.Sequential(*[Block(config) for _ in theirs.h]).eval()
     ours.load_state_dict(theirs.h.state_dict())
-    theirs.wpe.weight.zero_()  # the position embedding, which load_backbone drops
+    theirs.wpe.weight.zero_()  # the position embedding, which ours does not have
     theirs.config.is_decoder = True  # without it transformers 5 gives ImageGPT no causal mask
     x = torch.randn(1, 16, config.n_embd)  # [batch, tokens, width]
     expected = theirs(inputs_embeds=x, use_cache=False).last_hidden_state
@@ -481,18 +474,15 @@ def check_outputs(theirs, config):
 # Data: episodes from Minari or D4RL, and windows of K steps
 # ==================================================================================================
 class Task(NamedTuple):
-    dataset: str
     target_return: float  # [experiment.py#L101]; the released code also asks for half of it
     random_return: float  # D4RL's reference returns, between which scores are normalized
     expert_return: float
 
 
-# The paper used D4RL's medium data, recorded by other policies than Minari's: to compare with it,
-# give D4RL's file, as --dataset hopper_medium-v2.hdf5.
 TASKS = {
-    "Hopper": Task("mujoco/hopper/medium-v0", 3600, -20.272305, 3234.3),
-    "HalfCheetah": Task("mujoco/halfcheetah/medium-v0", 6000, -280.178953, 12135.0),
-    "Walker2d": Task("mujoco/walker2d/medium-v0", 5000, 1.629008, 4592.3),
+    "Hopper": Task(3600, -20.272305, 3234.3),
+    "HalfCheetah": Task(6000, -280.178953, 12135.0),
+    "Walker2d": Task(5000, 1.629008, 4592.3),
 }
 
 
@@ -503,7 +493,7 @@ class Episode(NamedTuple):
 
 
 class Windows(NamedTuple):
-    """K consecutive steps each; what lies beyond the end of an episode is zero and not valid."""
+    """K consecutive steps each; what lies beyond the end of an episode is not valid."""
 
     returns_to_go: torch.Tensor  # [batch, K, 1]
     states: torch.Tensor  # [batch, K, state_dim], normalized
@@ -519,11 +509,10 @@ def read_d4rl(path):
     """
     with h5py.File(path) as file:
         # An episode ends where the policy failed, or where the time was up.
-        is_last = file["terminals"][()].astype(bool) | file["timeouts"][()].astype(bool)
+        is_last = np.logical_or(file["terminals"], file["timeouts"])
         ends = np.flatnonzero(is_last) + 1
-        columns = []
-        for name in ("observations", "actions", "rewards"):
-            columns.append(np.split(file[name][()], ends)[:-1])
+        names = ("observations", "actions", "rewards")
+        columns = [np.split(file[name], ends)[:-1] for name in names]
     return [Episode(*column) for column in zip(*columns)]
 
 
@@ -548,11 +537,11 @@ def read_minari(dataset, env_id):
         sys.exit(f"{folder} was recorded in {recorded_in}, not in {env_id}.")
     if recorded_in != env_id:  # Hopper and HalfCheetah behave alike in -v4 and -v5, Walker2d not
         print(f"The data were recorded in {recorded_in}, the model is evaluated in {env_id}.")
-    episodes = []
-    for episode in minari.MinariDataset(folder).iterate_episodes():
-        # Minari also keeps the observation after the last action.
-        episodes.append(Episode(episode.observations[:-1], episode.actions, episode.rewards))
-    return episodes
+    # Minari also keeps the observation after the last action.
+    return [
+        Episode(episode.observations[:-1], episode.actions, episode.rewards)
+        for episode in minari.MinariDataset(folder).iterate_episodes()
+    ]
 
 
 def load_episodes(args, env):
@@ -592,8 +581,9 @@ class OfflineData:
         # released code does, it would be huge. Hopper, HalfCheetah and Walker2d have no such state.
         std = np.where(std < 1e-6, 1, std + 1e-6)  # [experiment.py#L151]
         # The return-to-go of a step is the undiscounted sum of its reward and of all later ones.
-        rewards = [episode.rewards.astype(np.float64) for episode in episodes]
-        returns_to_go = np.concatenate([r[::-1].cumsum()[::-1] for r in rewards])
+        returns_to_go = np.concatenate(
+            [episode.rewards[::-1].cumsum(dtype=np.float64)[::-1] for episode in episodes]
+        )
         timesteps = np.concatenate([np.arange(length) for length in lengths])
         # For each transition, where the next episode begins.
         episode_ends = np.repeat(np.cumsum(lengths), lengths)
@@ -617,12 +607,12 @@ class OfflineData:
         """
         index = starts[:, None] + torch.arange(context_length, device=starts.device)  # [batch, K]
         valid = index < self.episode_ends[starts][:, None]
-        index = torch.where(valid, index, 0)  # any transition will do, it is multiplied by 0
+        index = torch.where(valid, index, 0)  # any transition will do: nothing looks at it
         return Windows(
-            returns_to_go=self.returns_to_go[index] * valid[..., None],
-            states=self.states[index] * valid[..., None],
-            actions=self.actions[index] * valid[..., None],
-            timesteps=self.timesteps[index] * valid,
+            returns_to_go=self.returns_to_go[index],
+            states=self.states[index],
+            actions=self.actions[index],
+            timesteps=self.timesteps[index],
             valid=valid,
         )
 
@@ -695,18 +685,17 @@ def evaluate(model, env, args):
         states[:, t] = (observations - model.state_mean) / model.state_std
         # The return that is still to come.
         to_go = (args.target_return - episode_returns) / args.return_scale
-        returns_to_go[:, t, 0] = torch.as_tensor(np.float32(to_go), device=args.device)
+        returns_to_go[:, t, 0] = torch.as_tensor(to_go)
         # Only episodes that go on are predicted, which saves time.
-        rows = torch.as_tensor(np.flatnonzero(running), device=args.device)
         context = slice(max(0, t - args.context_length + 1), t + 1)
         with autocast(args):
             predicted = model(
-                returns_to_go[rows, context],
-                states[rows, context],
-                actions[rows, context],
-                timesteps[rows, context],
+                returns_to_go[running, context],
+                states[running, context],
+                actions[running, context],
+                timesteps[running, context],
             )
-        actions[rows, t] = predicted[:, -1]
+        actions[running, t] = predicted[:, -1]
 
         # Copies that are done go on until all are; what they do from then on is not counted.
         observations, rewards, terminated, truncated, _ = env.step(actions[:, t].cpu().numpy())
@@ -734,15 +723,19 @@ def normalized_score(env_id, episode_return):
 # ==================================================================================================
 # Training
 # ==================================================================================================
-# Of each training step, in the order in which train collects them.
+# What train logs of its steps, in the order in which it collects them.
 METRICS = ("loss", "saturated_fraction", "grad_norm", "clipped_fraction")
+# Set by torchrun, whose processes each train on windows and on a GPU of their own. The first one
+# also evaluates and writes.
+RANK = int(os.environ.get("RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def training_loss(model, windows):
     """Mean squared error of the actions, and the share of predicted ones beyond ±0.99.
 
-    There tanh is flat, so that hardly any gradient passes.
-    Both are means over the valid steps and the action dimensions.
+    Both are means over the valid steps and the action dimensions. There, tanh is so flat that
+    hardly any gradient passes.
     """
     predicted = model(windows.returns_to_go, windows.states, windows.actions, windows.timesteps)
     valid = windows.valid[..., None].expand_as(predicted)  # [batch, K, act_dim]
@@ -765,13 +758,14 @@ def make_model(args, backbone, data, max_timestep):
     )
     model.state_mean.copy_(data.state_mean)
     model.state_std.copy_(data.state_std)
-    # Not strict: what `backbone` lacks stays as it was drawn. A random one lacks everything,
-    # igpt-as-gpt2 lacks the LayerNorms' biases, that of dt_no_context.py all blocks but one.
+    # Not strict: word and position embeddings are not used, and what `backbone` lacks stays as it
+    # was drawn. A random one lacks everything, igpt-as-gpt2 lacks the LayerNorms' biases, that of
+    # dt_no_context.py all blocks but one.
     model.transformer.load_state_dict(backbone.weights, strict=False)
     if args.head_std is not None:
         # nn.Linear draws this weight for its act_dim inputs, its deviation is 1 / sqrt(3 act_dim).
         # As the action head it has `width` inputs, of variance 1 if ln_f's weights are 1: then, on
-        # Hopper, the tanh sees a deviation of sqrt(768) / 3 = 9, and passes nearly no gradient.
+        # Hopper, the tanh sees a deviation of sqrt(768) / 3 = 9: most actions start saturated.
         nn.init.normal_(model.embed_action.weight, std=args.head_std)
     return model.to(args.device)
 
@@ -782,10 +776,7 @@ def train(args, folder, backbone):
     Leaves checkpoints, TensorBoard events and log.csv in `folder`: a row for each 25th part of an
     epoch (the means of METRICS), and one for each episode of an evaluation (return, length, score).
     """
-    # Set by torchrun, whose processes each train on windows and on a GPU of their own.
-    rank = int(os.environ.get("RANK", 0))
-    num_processes = int(os.environ.get("WORLD_SIZE", 1))
-    if num_processes > 1 and not torch.distributed.is_initialized():
+    if WORLD_SIZE > 1 and not torch.distributed.is_initialized():
         # The others wait while the first process evaluates.
         torch.distributed.init_process_group(timeout=timedelta(hours=12))
 
@@ -818,30 +809,30 @@ def train(args, folder, backbone):
         log = checkpoint["log"]
         print(f"{folder} goes on after epoch {checkpoint['epoch']}.")
 
-    # The same parameters, as training uses them: compiled for a GPU, shared by processes.
+    # How training calls the model: compiled for a GPU, shared by processes, the same parameters.
     training_model = model
     if args.compile:
         training_model = torch.compile(training_model, mode="reduce-overhead")  # CUDA graphs
-    if num_processes > 1:
+    if WORLD_SIZE > 1:
         # Gradients are averaged. As each process divides its loss by its own number of valid steps,
         # this differs slightly from one mean over all steps.
         training_model = nn.parallel.DistributedDataParallel(training_model)
 
-    if rank == 0:
+    if RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        # From TensorBoard, purge what a killed run has logged since its last checkpoint.
+        # TensorBoard shall not show what a killed run has logged after its last checkpoint.
         writer = SummaryWriter(folder, purge_step=step + 1 if log else 0, flush_secs=10)
         writer.add_text("hyperparameters", pd.Series(asdict(args)).to_frame("value").to_html())
 
     for epoch in range(first_epoch, args.num_epochs + 1):  # epoch 0 is the model before training
         num_steps = args.steps_per_epoch if epoch > 0 else 0  # none, it is only evaluated
-        # All chance in an epoch follows from the seed and the epoch's number alone, so that a run
-        # that was interrupted gives the numbers of one that was not.
-        rng = np.random.default_rng([args.seed, epoch, rank])
-        torch.manual_seed(int(rng.integers(2**60)))  # for dropout
+        # All chance in an epoch follows from seed, epoch and rank alone, so that a run that was
+        # interrupted gives the numbers of one that was not.
+        rng = np.random.default_rng([args.seed, epoch, RANK])
+        torch.manual_seed(rng.integers(2**60))  # for dropout
         # Starts are drawn from all transitions, which is what the released code does in two steps:
         # an episode in proportion to its length, then a start in it. [experiment.py#L191]
-        size = (num_steps, args.batch_size // num_processes)
+        size = (num_steps, args.batch_size // WORLD_SIZE)
         epoch_starts = torch.as_tensor(
             rng.integers(len(data.states), size=size), device=args.device
         )
@@ -853,7 +844,7 @@ def train(args, folder, backbone):
             epoch_starts,
             desc=f"epoch {epoch}/{args.num_epochs}",
             unit="step",
-            disable=rank > 0 or epoch == 0,
+            disable=RANK > 0 or epoch == 0,
         )
         for i, window_starts in enumerate(progress, start=1):
             # The learning rate rises linearly, then stays. [experiment.py#L400]
@@ -873,7 +864,7 @@ def train(args, folder, backbone):
             optimizer.zero_grad()
             step += 1
 
-            if rank > 0:
+            if RANK > 0:
                 continue  # the first process reports, of its own windows
             # Metrics stay on the device; to read them here would wait for it in every step.
             clipped = (grad_norm > args.max_grad_norm).float()
@@ -890,7 +881,7 @@ def train(args, folder, backbone):
                 log.append({"epoch": epoch, "step": step, **means})
                 for name, value in means.items():
                     writer.add_scalar(f"train/{name}", value, step)
-        if rank > 0:
+        if RANK > 0:
             continue  # the first process evaluates and writes
 
         returns, lengths = evaluate(model, env, args)
@@ -924,14 +915,13 @@ def train(args, folder, backbone):
         if epoch in args.save_epochs or epoch == args.num_epochs:
             torch.save(checkpoint, folder / f"epoch_{epoch}.pt")
         # The best of 40 noisy evaluations is biased upwards, but it is what the paper reports.
-        mean_returns = frame[frame.epoch > 0].groupby("epoch")["return"].mean()
-        if epoch > 0 and mean_returns.idxmax() == epoch:
+        mean_returns = frame.groupby("epoch")["return"].mean()
+        if epoch > 0 and mean_returns.loc[1:].idxmax() == epoch:
             torch.save(checkpoint, folder / "best.pt")
-        checkpoint["optimizer"] = optimizer.state_dict()
-        checkpoint["log"] = log
-        torch.save(checkpoint, folder / "latest.tmp")
+        latest = {**checkpoint, "optimizer": optimizer.state_dict(), "log": log}
+        torch.save(latest, folder / "latest.tmp")
         (folder / "latest.tmp").replace(folder / "latest.pt")
-    if rank == 0:
+    if RANK == 0:
         writer.close()
 
 
@@ -974,33 +964,31 @@ def choose_windows(run_args, analysis, seed):
         training = rng.choice(even, analysis.mine_windows, replace=False)
         held_out = rng.choice(odd, analysis.mine_windows, replace=False)
     for_mine = np.concatenate([training, held_out])
-    return (
-        data.windows(torch.as_tensor(for_cka, device=run_args.device), run_args.context_length),
-        data.windows(torch.as_tensor(for_mine, device=run_args.device), run_args.context_length),
-    )
+    return [
+        data.windows(torch.as_tensor(starts, device=run_args.device), run_args.context_length)
+        for starts in (for_cka, for_mine)
+    ]
 
 
 @torch.no_grad()
-def activations(model, windows, layers, steps, chunk_size=250):
+def activations(model, windows, layers, steps):
     """Outputs of some layers at some of the K steps: {layer: [windows, steps, 3 tokens, width]}.
 
     Layers are named below transformer.h, as "0.mlp.act".
     """
-    chunks = {layer: [] for layer in layers}
-    layer_of_module = {model.transformer.h.get_submodule(layer): layer for layer in layers}
+    chunks = {model.transformer.h.get_submodule(layer): [] for layer in layers}
 
     def keep_output(module, inputs, output):  # [chunk, 3K, width]
-        output = output.unflatten(1, (-1, 3))[:, steps]
-        chunks[layer_of_module[module]].append(output.cpu())
+        chunks[module].append(output.unflatten(1, (-1, 3))[:, steps])
 
     # PyTorch calls a forward hook each time that its module has computed something.
-    hooks = [module.register_forward_hook(keep_output) for module in layer_of_module]
-    columns = [column.split(chunk_size) for column in windows]
+    hooks = [module.register_forward_hook(keep_output) for module in chunks]
+    columns = [column.split(250) for column in windows]  # not all at once
     for returns_to_go, states, actions, timesteps, _ in zip(*columns):
         model(returns_to_go, states, actions, timesteps)
     for hook in hooks:
         hook.remove()
-    return {layer: torch.cat(chunks[layer]) for layer in layers}
+    return {layer: torch.cat(outputs) for layer, outputs in zip(layers, chunks.values())}
 
 
 # ==================================================================================================
@@ -1013,7 +1001,7 @@ def gram_matrix(activation):
     estimate of HSIC, up to a factor that CKA does not see: the debiased estimator of Kornblith et
     al. 2019. A constant layer has no direction, and so a CKA of nan.
     """
-    x = activation.double()
+    x = activation.cpu().double()  # Apple's mps has no float64
     x = x - x[0]  # exactly 0 for a constant layer; CKA does not see an offset
     num_windows = len(x)
     gram = x @ x.T
@@ -1049,16 +1037,13 @@ def cka_table(before, after):
     model, even a LayerNorm with a projection.
     [analysis/section-51-activation-similarity/plot_cka.py#L26]
     """
-    tables = []
-    for token in TOKENS:
-        values = (before[token] * after[token]).sum(dim=1)  # the diagonal of before @ after.T
-        index = np.arange(len(values))
-        table = pd.DataFrame({"token": token, "block": index // len(LAYERS), "cka": values.numpy()})
-        table["layer"] = LAYERS * (len(values) // len(LAYERS))
-        table["kind"] = np.where(table.layer.str.startswith("ln_"), "LayerNorm", "other")
-        table["depth"] = (index + 0.5) / len(index)
-        tables.append(table)
-    return pd.concat(tables)
+    # The diagonals of before @ after.T, a column for each token.
+    table = pd.DataFrame({token: (before[token] * after[token]).sum(dim=1) for token in TOKENS})
+    table["block"] = table.index // len(LAYERS)
+    table["layer"] = LAYERS * (len(table) // len(LAYERS))
+    table["kind"] = np.where(table.layer.str.startswith("ln_"), "LayerNorm", "other")
+    table["depth"] = (table.index + 0.5) / len(table)
+    return table.melt(["block", "layer", "kind", "depth"], var_name="token", value_name="cka")
 
 
 # ==================================================================================================
@@ -1088,28 +1073,26 @@ class StatisticsNetworks(nn.Module):
         return x.squeeze(-1)
 
 
-def mine(x, t, analysis, seed):
-    """Estimate the mutual information of each x[i] with t[i] by MINE (Belghazi et al. 2018).
+def mine(x, y, analysis, seed):
+    """Estimate the mutual information of each x[i] with y[i] by MINE (Belghazi et al. 2018).
 
-    `x` [estimators, 2 * windows, features] and `t` [estimators, 2 * windows, width] hold the
-    training windows first, then as many held-out ones. Returns the estimates on the held-out and on
-    the training windows, in nats, both [estimators]; not finite where a network has diverged.
+    `x` and `y`, [estimators, 2 * windows, features] with features of their own, hold the training
+    windows first, then as many held-out ones. Returns the estimates on the held-out and on the
+    training windows, in nats, both [estimators]; not finite where a network has diverged.
     """
     torch.manual_seed(seed)
     num_windows = x.shape[1] // 2
     if analysis.standardize:
-        # Units carry no information, but a network learns better in standardized ones.
+        # Mutual information does not depend on the scale of features, but training a network does.
         x = standardize(x, num_windows)
-        t = standardize(t, num_windows)
-    networks = StatisticsNetworks(len(x), x.shape[2] + t.shape[2]).to(x.device)
+        y = standardize(y, num_windows)
+    networks = StatisticsNetworks(len(x), x.shape[2] + y.shape[2]).to(x.device)
     optimizer = torch.optim.Adam(networks.parameters(), lr=1e-4, fused=True)
 
     def statistics(batch, partners):
         """f of the windows `batch`: with their own x, and with the x of their `partners`."""
-        batch = batch.to(x.device)
-        partners = partners.to(x.device)
-        joint = torch.cat([x[:, batch], t[:, batch]], dim=2)
-        marginal = torch.cat([x[:, partners], t[:, batch]], dim=2)
+        joint = torch.cat([x[:, batch], y[:, batch]], dim=2)
+        marginal = torch.cat([x[:, partners], y[:, batch]], dim=2)
         return networks(torch.cat([joint, marginal], dim=1)).chunk(2, dim=1)
 
     average = None
@@ -1152,10 +1135,10 @@ def standardize(values, num_windows):
 # ==================================================================================================
 # Questions to MINE: what do outputs know of data? (section 5.2, App. E and H.2)
 # ==================================================================================================
-# A question is a triple: what is the same in all its rows of the table, x [steps, windows,
-# features], and t [steps, windows, width]. MINE is to estimate I(x[i]; t[i]) for each i.
-# As in the paper, x_t is a token of step t (R_t, s_t or a_t), K the last step, and T(x_t) a block's
-# output at that token.
+# A question is (columns, x, y): MINE is to estimate I(x[i]; y[i]) for each step i. `columns` is
+# what information.csv says of all these estimates; x and y are [steps, windows, features].
+# A quantity is named as in the paper: x_t is a token of step t (R_t, s_t or a_t), K is the last
+# step, and T(x_t) is a block's output at that token.
 def data_tokens(windows, steps):
     """The tokens of the data at some steps: {token: [steps, windows, features]}."""
     values = (windows.returns_to_go, windows.states, windows.actions)
@@ -1178,7 +1161,7 @@ def questions_about_model(model, windows, steps):
     for block in range(num_blocks):
         # Block by block: the outputs of one take 1.8 GB for GPT-2, those of all would take 22.
         layer = f"{block}.mlp.dropout"
-        outputs = activations(model, windows, [layer], steps)[layer].to(windows.states.device)
+        outputs = activations(model, windows, [layer], steps)[layer]
         output = dict(zip(TOKENS, outputs.permute(2, 1, 0, 3)))  # each [steps, windows, width]
 
         # In the same step, in every block (App. E).
@@ -1191,7 +1174,7 @@ def questions_about_model(model, windows, steps):
         if block not in of_figure_2:
             continue
         for token in TOKENS:
-            # a_K is left out as x_t, as in the released code: s_K cannot see it, T(a_K) has it.
+            # Not for x_t = a_K, as in the released code: s_K cannot see it, and T(a_K) contains it.
             count = len(steps) - 1 if token == "action" else len(steps)
             if count == 0:
                 continue  # there is no other step
@@ -1209,17 +1192,16 @@ def answer(questions, steps, analysis, seed):
     With the windows of x in another order there is nothing to know: what MINE finds is its error.
     """
     tables = []
-    for columns, x, t in tqdm(questions, desc="MINE", unit="question"):
-        rng = np.random.default_rng(seed)  # the same order for all
-        half = x.shape[1] // 2
-        order = np.concatenate([rng.permutation(half), half + rng.permutation(half)])
-        shuffled = x[-1:, torch.as_tensor(order, device=x.device)]
+    for columns, x, y in tqdm(questions, desc="MINE", unit="question"):
+        # The windows are in a random order, so that it is enough to move each half by one.
+        training, held_out = x[-1:].chunk(2, dim=1)
+        shuffled = torch.cat([training.roll(1, dims=1), held_out.roll(1, dims=1)], dim=1)
         times = [step - steps[-1] for step in steps[: len(x)]]  # -19 to 0
         table = pd.DataFrame({**columns, "step": [*times, times[-1]]})
         table["shuffled"] = [*[False] * len(times), True]
         x = torch.cat([x, shuffled])
-        t = torch.cat([t, t[-1:]])
-        table["held_out"], table["training"] = mine(x, t, analysis, seed)
+        y = torch.cat([y, y[-1:]])
+        table["held_out"], table["training"] = mine(x, y, analysis, seed)
         tables.append(table)
     return pd.concat(tables)
 
@@ -1273,7 +1255,7 @@ def plot_heat_maps(grams, pairs, token, analysis, title):
     return figure
 
 
-def plot_information(information, x, analysis, title, **panels):
+def plot_information(information, part, x, analysis, title, **panels):
     """What MINE has found, over `x`, beside the shuffled controls (Fig. 2, App. E and H.2).
 
     Where several estimates fall together: mean and deviation.
@@ -1282,6 +1264,7 @@ def plot_information(information, x, analysis, title, **panels):
         "step": "time step t, 0 is the last",
         "depth": "depth of the block",
     }
+    information = information[information.analysis == part]
     grid = sns.relplot(
         information.assign(x_t=information.token.mask(information.shuffled, "shuffled")),
         x=x,
@@ -1301,7 +1284,7 @@ def plot_information(information, x, analysis, title, **panels):
     grid.set_titles(row_template="{row_name}", col_template="{col_name}")
     grid.set_axis_labels(labels[x], "information, nats")
     estimate = analysis.mine_estimate.replace("_", "-")
-    settings = f"MINE, {analysis.mine_passes} passes, {analysis.mine_windows} {estimate} windows"
+    settings = f"MINE: {analysis.mine_windows} windows, {analysis.mine_passes} passes, {estimate}"
     grid.figure.suptitle(f"{settings}\n{title}", y=1, va="bottom")
     return grid.figure
 
@@ -1309,10 +1292,6 @@ def plot_information(information, x, analysis, title, **panels):
 # ==================================================================================================
 # Runs: finished ones, side by side
 # ==================================================================================================
-# What may tell runs apart. These stand in every row of log.csv.
-SETTINGS = ["env", "dataset", "backbone", "K", "head_std", "max_grad_norm", "seed"]
-
-
 def read_logs(folders):
     """The log.csv of several runs, one below the other.
 
@@ -1325,11 +1304,11 @@ def read_logs(folders):
             log = pd.read_csv(folder / "log.csv")
         logs.append(log.assign(run=str(folder).removeprefix("runs/")))
     log = pd.concat(logs, ignore_index=True)
-    runs = log.drop_duplicates("run").set_index("run")[SETTINGS]
-    runs = runs.astype(object).fillna("default")  # a head_std that was not given
-    labels = runs.backbone.copy()
-    for name in SETTINGS:
-        if name != "backbone" and runs[name].nunique() > 1:
+    # A head_std that was not given is nan.
+    runs = log.drop_duplicates("run").set_index("run").astype(object).fillna("default")
+    labels = runs.backbone
+    for name in ("env", "dataset", "K", "head_std", "max_grad_norm", "seed"):
+        if runs[name].nunique() > 1:
             labels += f", {name} " + runs[name].astype(str)
     if labels.duplicated().any():
         labels += " (" + labels.index + ")"
@@ -1353,8 +1332,7 @@ def exit_on_error(what):
     try:
         yield
     except Exception as error:
-        words = " ".join(str(error).split())[:300].rstrip(".")
-        sys.exit(f"{what} ({type(error).__name__}: {words}).")
+        sys.exit(f"{what} ({error!r:.300}).")
 
 
 def complete_arguments(args, subject):
@@ -1374,10 +1352,11 @@ def complete_arguments(args, subject):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     with exit_on_error(f"--device {args.device} cannot be used"):
         torch.zeros(1, device=args.device)
-    if args.dataset is None and args.sample:
-        args.dataset = f"sample/{env_name.lower()}/medium-v0"
-    elif args.dataset is None:
-        args.dataset = TASKS[env_name].dataset
+    if args.dataset is None:
+        # The paper used D4RL's medium data, recorded by other policies than Minari's: to compare
+        # with it, give D4RL's file, as --dataset hopper_medium-v2.hdf5.
+        source = "sample" if args.sample else "mujoco"
+        args.dataset = f"{source}/{env_name.lower()}/medium-v0"
     if args.target_return is None:
         args.target_return = TASKS[env_name].target_return
     if args.run_name is None:
@@ -1418,11 +1397,11 @@ def load_model(path, device):
     return model.eval(), replace(args, device=device)
 
 
-def save_figure(figure, path, step):
+def save_figure(figure, path):
     """Keep a figure as a PNG and as a TensorBoard image."""
     figure.savefig(path, dpi=120, bbox_inches="tight")
     with SummaryWriter(path.parent) as writer:
-        writer.add_image(path.stem, imageio.imread(path), step, dataformats="HWC")
+        writer.add_image(path.stem, imageio.imread(path), dataformats="HWC")
 
 
 # ==================================================================================================
@@ -1442,19 +1421,18 @@ if __name__ == "__main__":
 
     folders = list(dict.fromkeys(analysis.runs))  # each once
     if not folders:
+        if analysis.epochs:
+            args.num_epochs = max(args.num_epochs, *analysis.epochs)
+            args.save_epochs = (*analysis.epochs, *args.save_epochs)
         # What cannot be trained or analyzed is refused before any training.
-        epochs = analysis.epochs or (0, args.num_epochs)
-        if max(epochs) > args.num_epochs:
-            sys.exit(f"--epochs {max(epochs)} is beyond --num-epochs {args.num_epochs}.")
         choose_windows(args, analysis, args.seed)
-        args.save_epochs = (*epochs, *args.save_epochs)
         backbones = {}
         for name in analysis.backbones:
             backbones[name] = load_backbone(replace(args, backbone=name))
         for name, backbone in backbones.items():
             folders.append(folder / name.replace("/", "_"))
             train(replace(args, backbone=name), folders[-1], backbone)
-    if int(os.environ.get("RANK", 0)) > 0:
+    if RANK > 0:
         sys.exit()  # under torchrun the first process does the rest
 
     log = read_logs(folders)
@@ -1472,17 +1450,16 @@ if __name__ == "__main__":
     models_after = {}
     tables = []
     for run_folder, run, label in zip(folders, log.run.unique(), log.label.unique()):
-        epoch_before, epoch_after = analysis.epochs or (0, log[log.run == run].epoch.max())
-        before, _ = load_model(run_folder / f"epoch_{epoch_before}.pt", args.device)
-        after, _ = load_model(run_folder / f"epoch_{epoch_after}.pt", args.device)
-        name_before = f"{label}, epoch {epoch_before}"
-        name_after = f"{label}, epoch {epoch_after}"
-        models_after[name_after] = after
-        grams[name_before] = gram_matrices(before, cka_windows)
-        grams[name_after] = gram_matrices(after, cka_windows)
-        table = cka_table(grams[name_before], grams[name_after])
-        epochs = f"epochs {epoch_before} and {epoch_after}"
-        tables.append(table.assign(run=run, label=f"{label}, {epochs}"))
+        before, after = analysis.epochs or (0, log[log.run == run].epoch.max())
+        of_run = []
+        for epoch in (before, after):
+            model, _ = load_model(run_folder / f"epoch_{epoch}.pt", args.device)
+            name = f"{label}, epoch {epoch}"
+            grams[name] = gram_matrices(model, cka_windows)
+            of_run.append(grams[name])
+        models_after[name] = model  # the later one
+        label = f"{label}, epochs {before} and {after}"
+        tables.append(cka_table(*of_run).assign(run=run, label=label))
     cka = pd.concat(tables, ignore_index=True)
     folder.mkdir(parents=True, exist_ok=True)
     cka.to_csv(folder / "cka.csv", index=False)
@@ -1494,8 +1471,8 @@ if __name__ == "__main__":
         figures[f"cka_heat_maps_{token}"] = plot_heat_maps(grams, pairs, token, analysis, title)
     print(f"CKA, mean over layers, and how many layers are above {analysis.cka_threshold}")
     cka["above"] = cka.cka > analysis.cka_threshold
-    means = cka.groupby(["label", "token", "kind"], sort=False)
-    print(means.agg({"cka": "mean", "above": "sum"}).unstack("kind").round(3).to_string())
+    groups = cka.groupby(["label", "token", "kind"], sort=False)
+    print(groups.agg({"cka": "mean", "above": "sum"}).unstack("kind").round(3).to_string())
 
     if analysis.mine_windows > 0:
         questions = questions_about_data(mine_windows, steps)
@@ -1506,22 +1483,19 @@ if __name__ == "__main__":
             tables.append(table.assign(run=run, label=name))
         information = pd.concat(tables, ignore_index=True)
         information.to_csv(folder / "information.csv", index=False)
-        context = information[information.analysis == "context"]
-        same_step = information[information.analysis == "same step"]
-        in_data = information[information.analysis == "data"]
         figures["information_with_context"] = plot_information(
-            context, "step", analysis, title, row="quantity", col="place"
+            information, "context", "step", analysis, title, row="quantity", col="place"
         )
         figures["information_of_same_step"] = plot_information(
-            same_step, "depth", analysis, title, col="quantity"
+            information, "same step", "depth", analysis, title, col="quantity"
         )
         figures["information_in_data"] = plot_information(
-            in_data, "step", analysis, title, col="quantity"
+            information, "data", "step", analysis, title, col="quantity"
         )
         print("Mutual information in nats, mean over blocks, tokens and steps")
-        means = information.groupby(["label", "analysis", "quantity", "shuffled"], sort=False)
-        print(means[["held_out", "training"]].mean().unstack("shuffled").round(3).to_string())
+        groups = information.groupby(["label", "analysis", "quantity", "shuffled"], sort=False)
+        print(groups[["held_out", "training"]].mean().unstack("shuffled").round(3).to_string())
 
     for name, figure in figures.items():
-        save_figure(figure, folder / f"{name}.png", log.step.max())
+        save_figure(figure, folder / f"{name}.png")
     print(f"{folder}: tables and figures; or: tensorboard --logdir runs")

@@ -208,12 +208,9 @@ class Attention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def heads(self, x):
-        """Queries, keys and values of all heads, each [batch, heads, tokens, width / heads]."""
-        query, key, value = self.c_attn(x).chunk(3, dim=-1)  # one product for all three
-        query = query.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
-        key = key.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
-        value = value.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
-        return query, key, value
+        """Queries, keys and values of all heads, [3, batch, heads, tokens, width / heads]."""
+        x = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # one product for all three
+        return x.permute(2, 0, 3, 1, 4)
 
     def forward(self, x):  # [batch, tokens, width]
         query, key, value = self.heads(x)
@@ -252,8 +249,7 @@ class Block(nn.Module):
     def forward(self, x):
         # x itself runs through unchanged; each branch reads a normalized copy and adds to it.
         x = x + self.attn(self.ln_1(x))
-        x = x + self.mlp(self.ln_2(x))
-        return x
+        return x + self.mlp(self.ln_2(x))
 
 
 class DecisionTransformer(nn.Module):
@@ -298,16 +294,16 @@ class DecisionTransformer(nn.Module):
         """The tokens R_1 s_1 a_1 R_2 s_2 a_2 ... that enter the first block, [batch, 3K, width]."""
         # In float32: in bf16 returns of 3.600 and 3.601 are the same number.
         with torch.autocast(states.device.type, enabled=False):
-            return_tokens = self.embed_return(returns_to_go)
-            state_tokens = self.embed_state(states)
-            action_tokens = self.embed_action(actions)
-        tokens = torch.stack([return_tokens, state_tokens, action_tokens], dim=2)
+            tokens = [
+                self.embed_return(returns_to_go),
+                self.embed_state(states),
+                self.embed_action(actions),
+            ]
         # The three tokens of a step get the same embedding of its time, after the LayerNorm.
         # [decision_transformer/models/decision_transformer.py#L165]
         times = self.embed_timestep(timesteps)[:, :, None]  # [batch, K, 1, width]
-        tokens = self.embed_ln(tokens) + times  # [batch, K, 3, width]
-        tokens = tokens.flatten(1, 2)
-        return self.transformer.drop(tokens)
+        tokens = self.embed_ln(torch.stack(tokens, dim=2)) + times  # [batch, K, 3, width]
+        return self.transformer.drop(tokens.flatten(1, 2))
 
     def forward(self, returns_to_go, states, actions, timesteps):
         """Predicted actions [batch, K, act_dim], from inputs shaped as in Windows.
@@ -348,7 +344,7 @@ BUNDLED = {  # what --sample takes instead, under tests/assets
 class Backbone(NamedTuple):
     configs: list[BlockConfig]  # of its blocks
     final_norm: str  # kind of ln_f; apart, as dt_no_context.py mixes blocks of different kinds
-    weights: dict[str, torch.Tensor]  # by their names under model.transformer; none if random
+    weights: dict[str, torch.Tensor]  # by their names in transformers' model; none if random
 
 
 def load_backbone(args):
@@ -378,10 +374,7 @@ def load_backbone(args):
         # the mean and adds a bias, new and zero.
         # [decision_transformer/models/decision_transformer.py#L46]
         config = replace(config, layer_norm="layernorm")
-    weights = model.state_dict()
-    for name in ("wte.weight", "wpe.weight"):  # word and position embeddings are not used
-        del weights[name]
-    return Backbone([config] * len(model.h), config.layer_norm, weights)
+    return Backbone([config] * len(model.h), config.layer_norm, model.state_dict())
 
 
 def read_pretrained(source, dropout):
@@ -405,10 +398,8 @@ def read_pretrained(source, dropout):
         model, report = transformers.AutoModel.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True
         )
-        # Missing weights, which transformers would draw at random.
-        missing = [name for name in report["missing_keys"] if name.startswith(("h.", "ln_f."))]
-        if missing:
-            raise ValueError(f"weights are missing: {missing[:3]}")
+        if report["missing_keys"]:  # transformers has drawn them at random
+            raise ValueError(f"weights are missing: {sorted(report['missing_keys'])}")
         config = BlockConfig(
             n_embd=their_config.n_embd,
             n_head=their_config.n_head,
@@ -431,7 +422,7 @@ def check_outputs(theirs, config):
     """
     ours = nn.Sequential(*[Block(config) for _ in theirs.h]).eval()
     ours.load_state_dict(theirs.h.state_dict())
-    theirs.wpe.weight.zero_()  # the position embedding, which load_backbone drops
+    theirs.wpe.weight.zero_()  # the position embedding, which ours does not have
     theirs.config.is_decoder = True  # without it transformers 5 gives ImageGPT no causal mask
     x = torch.randn(1, 16, config.n_embd)  # [batch, tokens, width]
     expected = theirs(inputs_embeds=x, use_cache=False).last_hidden_state
@@ -448,18 +439,15 @@ def check_outputs(theirs, config):
 # Data: episodes from Minari or D4RL, and windows of K steps
 # ==================================================================================================
 class Task(NamedTuple):
-    dataset: str
     target_return: float  # [experiment.py#L101]; the released code also asks for half of it
     random_return: float  # D4RL's reference returns, between which scores are normalized
     expert_return: float
 
 
-# The paper used D4RL's medium data, recorded by other policies than Minari's: to compare with it,
-# give D4RL's file, as --dataset hopper_medium-v2.hdf5.
 TASKS = {
-    "Hopper": Task("mujoco/hopper/medium-v0", 3600, -20.272305, 3234.3),
-    "HalfCheetah": Task("mujoco/halfcheetah/medium-v0", 6000, -280.178953, 12135.0),
-    "Walker2d": Task("mujoco/walker2d/medium-v0", 5000, 1.629008, 4592.3),
+    "Hopper": Task(3600, -20.272305, 3234.3),
+    "HalfCheetah": Task(6000, -280.178953, 12135.0),
+    "Walker2d": Task(5000, 1.629008, 4592.3),
 }
 
 
@@ -470,7 +458,7 @@ class Episode(NamedTuple):
 
 
 class Windows(NamedTuple):
-    """K consecutive steps each; what lies beyond the end of an episode is zero and not valid."""
+    """K consecutive steps each; what lies beyond the end of an episode is not valid."""
 
     returns_to_go: torch.Tensor  # [batch, K, 1]
     states: torch.Tensor  # [batch, K, state_dim], normalized
@@ -486,11 +474,10 @@ def read_d4rl(path):
     """
     with h5py.File(path) as file:
         # An episode ends where the policy failed, or where the time was up.
-        is_last = file["terminals"][()].astype(bool) | file["timeouts"][()].astype(bool)
+        is_last = np.logical_or(file["terminals"], file["timeouts"])
         ends = np.flatnonzero(is_last) + 1
-        columns = []
-        for name in ("observations", "actions", "rewards"):
-            columns.append(np.split(file[name][()], ends)[:-1])
+        names = ("observations", "actions", "rewards")
+        columns = [np.split(file[name], ends)[:-1] for name in names]
     return [Episode(*column) for column in zip(*columns)]
 
 
@@ -515,11 +502,11 @@ def read_minari(dataset, env_id):
         sys.exit(f"{folder} was recorded in {recorded_in}, not in {env_id}.")
     if recorded_in != env_id:  # Hopper and HalfCheetah behave alike in -v4 and -v5, Walker2d not
         print(f"The data were recorded in {recorded_in}, the model is evaluated in {env_id}.")
-    episodes = []
-    for episode in minari.MinariDataset(folder).iterate_episodes():
-        # Minari also keeps the observation after the last action.
-        episodes.append(Episode(episode.observations[:-1], episode.actions, episode.rewards))
-    return episodes
+    # Minari also keeps the observation after the last action.
+    return [
+        Episode(episode.observations[:-1], episode.actions, episode.rewards)
+        for episode in minari.MinariDataset(folder).iterate_episodes()
+    ]
 
 
 def load_episodes(args, env):
@@ -559,8 +546,9 @@ class OfflineData:
         # released code does, it would be huge. Hopper, HalfCheetah and Walker2d have no such state.
         std = np.where(std < 1e-6, 1, std + 1e-6)  # [experiment.py#L151]
         # The return-to-go of a step is the undiscounted sum of its reward and of all later ones.
-        rewards = [episode.rewards.astype(np.float64) for episode in episodes]
-        returns_to_go = np.concatenate([r[::-1].cumsum()[::-1] for r in rewards])
+        returns_to_go = np.concatenate(
+            [episode.rewards[::-1].cumsum(dtype=np.float64)[::-1] for episode in episodes]
+        )
         timesteps = np.concatenate([np.arange(length) for length in lengths])
         # For each transition, where the next episode begins.
         episode_ends = np.repeat(np.cumsum(lengths), lengths)
@@ -584,12 +572,12 @@ class OfflineData:
         """
         index = starts[:, None] + torch.arange(context_length, device=starts.device)  # [batch, K]
         valid = index < self.episode_ends[starts][:, None]
-        index = torch.where(valid, index, 0)  # any transition will do, it is multiplied by 0
+        index = torch.where(valid, index, 0)  # any transition will do: nothing looks at it
         return Windows(
-            returns_to_go=self.returns_to_go[index] * valid[..., None],
-            states=self.states[index] * valid[..., None],
-            actions=self.actions[index] * valid[..., None],
-            timesteps=self.timesteps[index] * valid,
+            returns_to_go=self.returns_to_go[index],
+            states=self.states[index],
+            actions=self.actions[index],
+            timesteps=self.timesteps[index],
             valid=valid,
         )
 
@@ -662,18 +650,17 @@ def evaluate(model, env, args):
         states[:, t] = (observations - model.state_mean) / model.state_std
         # The return that is still to come.
         to_go = (args.target_return - episode_returns) / args.return_scale
-        returns_to_go[:, t, 0] = torch.as_tensor(np.float32(to_go), device=args.device)
+        returns_to_go[:, t, 0] = torch.as_tensor(to_go)
         # Only episodes that go on are predicted, which saves time.
-        rows = torch.as_tensor(np.flatnonzero(running), device=args.device)
         context = slice(max(0, t - args.context_length + 1), t + 1)
         with autocast(args):
             predicted = model(
-                returns_to_go[rows, context],
-                states[rows, context],
-                actions[rows, context],
-                timesteps[rows, context],
+                returns_to_go[running, context],
+                states[running, context],
+                actions[running, context],
+                timesteps[running, context],
             )
-        actions[rows, t] = predicted[:, -1]
+        actions[running, t] = predicted[:, -1]
 
         # Copies that are done go on until all are; what they do from then on is not counted.
         observations, rewards, terminated, truncated, _ = env.step(actions[:, t].cpu().numpy())
@@ -703,13 +690,17 @@ def normalized_score(env_id, episode_return):
 # ==================================================================================================
 # What train logs of its steps, in the order in which it collects them.
 METRICS = ("loss", "saturated_fraction", "grad_norm", "clipped_fraction")
+# Set by torchrun, whose processes each train on windows and on a GPU of their own. The first one
+# also evaluates and writes.
+RANK = int(os.environ.get("RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def training_loss(model, windows):
     """Mean squared error of the actions, and the share of predicted ones beyond ±0.99.
 
-    Both are means over the valid steps and the action dimensions. Where tanh is beyond ±0.99, hardly
-    any gradient passes.
+    Both are means over the valid steps and the action dimensions. There, tanh is so flat that
+    hardly any gradient passes.
     """
     predicted = model(windows.returns_to_go, windows.states, windows.actions, windows.timesteps)
     valid = windows.valid[..., None].expand_as(predicted)  # [batch, K, act_dim]
@@ -732,8 +723,9 @@ def make_model(args, backbone, data, max_timestep):
     )
     model.state_mean.copy_(data.state_mean)
     model.state_std.copy_(data.state_std)
-    # Not strict: what `backbone` lacks stays as it was drawn. A random one lacks everything,
-    # igpt-as-gpt2 lacks the LayerNorms' biases, that of dt_no_context.py all blocks but one.
+    # Not strict: word and position embeddings are not used, and what `backbone` lacks stays as it
+    # was drawn. A random one lacks everything, igpt-as-gpt2 lacks the LayerNorms' biases, that of
+    # dt_no_context.py all blocks but one.
     model.transformer.load_state_dict(backbone.weights, strict=False)
     if args.head_std is not None:
         # nn.Linear draws this weight for its act_dim inputs, its deviation is 1 / sqrt(3 act_dim).
@@ -749,10 +741,7 @@ def train(args, folder, backbone):
     Leaves checkpoints, TensorBoard events and log.csv in `folder`: a row for each 25th part of an
     epoch (the means of METRICS), and one for each episode of an evaluation (return, length, score).
     """
-    # Set by torchrun, whose processes each train on windows and on a GPU of their own.
-    rank = int(os.environ.get("RANK", 0))
-    num_processes = int(os.environ.get("WORLD_SIZE", 1))
-    if num_processes > 1 and not torch.distributed.is_initialized():
+    if WORLD_SIZE > 1 and not torch.distributed.is_initialized():
         # The others wait while the first process evaluates.
         torch.distributed.init_process_group(timeout=timedelta(hours=12))
 
@@ -789,12 +778,12 @@ def train(args, folder, backbone):
     training_model = model
     if args.compile:
         training_model = torch.compile(training_model, mode="reduce-overhead")  # CUDA graphs
-    if num_processes > 1:
+    if WORLD_SIZE > 1:
         # Gradients are averaged. As each process divides its loss by its own number of valid steps,
         # this differs slightly from one mean over all steps.
         training_model = nn.parallel.DistributedDataParallel(training_model)
 
-    if rank == 0:
+    if RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
         # TensorBoard shall not show what a killed run has logged after its last checkpoint.
         writer = SummaryWriter(folder, purge_step=step + 1 if log else 0, flush_secs=10)
@@ -804,11 +793,11 @@ def train(args, folder, backbone):
         num_steps = args.steps_per_epoch if epoch > 0 else 0  # none, it is only evaluated
         # All chance in an epoch follows from seed, epoch and rank alone, so that a run that was
         # interrupted gives the numbers of one that was not.
-        rng = np.random.default_rng([args.seed, epoch, rank])
-        torch.manual_seed(int(rng.integers(2**60)))  # for dropout
+        rng = np.random.default_rng([args.seed, epoch, RANK])
+        torch.manual_seed(rng.integers(2**60))  # for dropout
         # Starts are drawn from all transitions, which is what the released code does in two steps:
         # an episode in proportion to its length, then a start in it. [experiment.py#L191]
-        size = (num_steps, args.batch_size // num_processes)
+        size = (num_steps, args.batch_size // WORLD_SIZE)
         epoch_starts = torch.as_tensor(
             rng.integers(len(data.states), size=size), device=args.device
         )
@@ -820,7 +809,7 @@ def train(args, folder, backbone):
             epoch_starts,
             desc=f"epoch {epoch}/{args.num_epochs}",
             unit="step",
-            disable=rank > 0 or epoch == 0,
+            disable=RANK > 0 or epoch == 0,
         )
         for i, window_starts in enumerate(progress, start=1):
             # The learning rate rises linearly, then stays. [experiment.py#L400]
@@ -840,7 +829,7 @@ def train(args, folder, backbone):
             optimizer.zero_grad()
             step += 1
 
-            if rank > 0:
+            if RANK > 0:
                 continue  # the first process reports, of its own windows
             # Metrics stay on the device; to read them here would wait for it in every step.
             clipped = (grad_norm > args.max_grad_norm).float()
@@ -857,7 +846,7 @@ def train(args, folder, backbone):
                 log.append({"epoch": epoch, "step": step, **means})
                 for name, value in means.items():
                     writer.add_scalar(f"train/{name}", value, step)
-        if rank > 0:
+        if RANK > 0:
             continue  # the first process evaluates and writes
 
         returns, lengths = evaluate(model, env, args)
@@ -891,14 +880,13 @@ def train(args, folder, backbone):
         if epoch in args.save_epochs or epoch == args.num_epochs:
             torch.save(checkpoint, folder / f"epoch_{epoch}.pt")
         # The best of 40 noisy evaluations is biased upwards, but it is what the paper reports.
-        mean_returns = frame[frame.epoch > 0].groupby("epoch")["return"].mean()
-        if epoch > 0 and mean_returns.idxmax() == epoch:
+        mean_returns = frame.groupby("epoch")["return"].mean()
+        if epoch > 0 and mean_returns.loc[1:].idxmax() == epoch:
             torch.save(checkpoint, folder / "best.pt")
-        checkpoint["optimizer"] = optimizer.state_dict()
-        checkpoint["log"] = log
-        torch.save(checkpoint, folder / "latest.tmp")
+        latest = {**checkpoint, "optimizer": optimizer.state_dict(), "log": log}
+        torch.save(latest, folder / "latest.tmp")
         (folder / "latest.tmp").replace(folder / "latest.pt")
-    if rank == 0:
+    if RANK == 0:
         writer.close()
 
 
@@ -925,8 +913,7 @@ def plot_learning_curve(log, args):
     )
     for name, axes in grid.axes_dict.items():
         axes.set(title="", xlabel="training step", ylabel=labels[name])
-    if math.isfinite(args.max_grad_norm):
-        grid.axes_dict["grad_norm"].axhline(args.max_grad_norm, color="black", linestyle="--")
+    grid.axes_dict["grad_norm"].axhline(args.max_grad_norm, color="black", linestyle="--")
     grid.figure.suptitle(
         f"{args.env}, {args.dataset}: {args.backbone}, K = {args.context_length}, seed {args.seed}",
         y=1.03,
@@ -961,8 +948,7 @@ def exit_on_error(what):
     try:
         yield
     except Exception as error:
-        words = " ".join(str(error).split())[:300].rstrip(".")
-        sys.exit(f"{what} ({type(error).__name__}: {words}).")
+        sys.exit(f"{what} ({error!r:.300}).")
 
 
 def complete_arguments(args, subject):
@@ -982,10 +968,11 @@ def complete_arguments(args, subject):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     with exit_on_error(f"--device {args.device} cannot be used"):
         torch.zeros(1, device=args.device)
-    if args.dataset is None and args.sample:
-        args.dataset = f"sample/{env_name.lower()}/medium-v0"
-    elif args.dataset is None:
-        args.dataset = TASKS[env_name].dataset
+    if args.dataset is None:
+        # The paper used D4RL's medium data, recorded by other policies than Minari's: to compare
+        # with it, give D4RL's file, as --dataset hopper_medium-v2.hdf5.
+        source = "sample" if args.sample else "mujoco"
+        args.dataset = f"{source}/{env_name.lower()}/medium-v0"
     if args.target_return is None:
         args.target_return = TASKS[env_name].target_return
     if args.run_name is None:
@@ -1026,11 +1013,11 @@ def load_model(path, device):
     return model.eval(), replace(args, device=device)
 
 
-def save_figure(figure, path, step):
+def save_figure(figure, path):
     """Keep a figure as a PNG and as a TensorBoard image."""
     figure.savefig(path, dpi=120, bbox_inches="tight")
     with SummaryWriter(path.parent) as writer:
-        writer.add_image(path.stem, imageio.imread(path), step, dataformats="HWC")
+        writer.add_image(path.stem, imageio.imread(path), dataformats="HWC")
 
 
 # ==================================================================================================
@@ -1041,11 +1028,11 @@ if __name__ == "__main__":
     args = tyro.cli(Args, default=defaults, description=__doc__)
     folder = complete_arguments(args, subject=Path(args.backbone).name)
     train(args, folder, load_backbone(args))
-    if int(os.environ.get("RANK", 0)) > 0:
+    if RANK > 0:
         sys.exit()  # under torchrun the first process does the rest
 
     log = pd.read_csv(folder / "log.csv")
-    save_figure(plot_learning_curve(log, args), folder / "learning_curve.png", log.step.max())
+    save_figure(plot_learning_curve(log, args), folder / "learning_curve.png")
     if args.capture_video:
         capture_video(folder / "best.pt", folder / "best.gif", args)
     means = log.groupby("epoch")[[*METRICS, "return", "length", "score"]].mean()

@@ -263,9 +263,10 @@ def main(args):
     if args.readme:
         text = args.readme.read_text()
         for name, table in tables.items():
-            mark = f"<!-- table: {name} -->"
-            filled = f"{mark}\n{markdown(table)}\n<!-- end -->"
-            text = re.sub(f"{mark}\n.*?<!-- end -->", lambda _: filled, text, flags=re.DOTALL)
+            mark = f"<!-- table: {name} -->\n"
+            text = re.sub(
+                f"(?<={mark}).*?(?=<!-- end -->)", markdown(table) + "\n", text, flags=re.S
+            )
         args.readme.write_text(text)
     if args.figure:
         plot_runs(log, args.title).savefig(args.figure, dpi=120, bbox_inches="tight")
