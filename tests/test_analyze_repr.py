@@ -93,7 +93,7 @@ def test_a_constant_layer_has_no_cka():
 def test_activations_are_those_of_transformers(backbone, folder):
     """The same weights in transformers' own model, with forward hooks of our own, on the same embedded tokens."""
     model = make_model(ar, backbone)
-    windows = load_data(ar, sample_args(ar)).windows(torch.arange(7) * 11, 5)
+    windows = load_data(ar, sample_args(ar)).windows(torch.arange(260) * 11, 5)
     theirs = transformers.AutoModel.from_pretrained(ASSETS / folder, dtype=torch.float32).eval()
     theirs.wpe.weight.zero_()
     theirs.config.is_decoder = True  # else transformers 5 gives ImageGPT no causal mask
@@ -105,7 +105,7 @@ def test_activations_are_those_of_transformers(backbone, folder):
         )
     theirs(inputs_embeds=model.embed(*windows[:4]), use_cache=False)
 
-    ours = ar.activations(model, windows, names, steps=[0, 3], chunk_size=3)
+    ours = ar.activations(model, windows, names, steps=[0, 3])
     assert list(ours) == names
     for name in names:
         for i, step in enumerate([0, 3]):
@@ -113,7 +113,7 @@ def test_activations_are_those_of_transformers(backbone, folder):
                 expected = seen[name][:, 3 * step + j]
                 atol = 1e-4 * expected.abs().max().item()
                 torch.testing.assert_close(ours[name][:, i, j], expected, rtol=1e-4, atol=atol)
-    assert ours["2.mlp.c_fc"].shape == (7, 2, 3, 512)
+    assert ours["2.mlp.c_fc"].shape == (260, 2, 3, 512)  # more than are computed at once
     assert not model.transformer.h[0].ln_1._forward_hooks
 
     # For CKA only the last step's three tokens are kept, return, state and action.
@@ -549,7 +549,7 @@ def test_figure_of_information_with_context(log):
     information = information_of_seeds()
     context = information[information.analysis == "context"]
     figure = ar.plot_information(
-        context, "step", ANALYSIS, ar.describe(log), row="quantity", col="place"
+        information, "context", "step", ANALYSIS, ar.describe(log), row="quantity", col="place"
     )
     assert set(legend_of(figure)) == {"label", *SEEDS, "x_t", *ar.TOKENS, "shuffled"}
     quantities = ("I(x_t; T(s_K))", "I(a_K; T(x_t))")
@@ -564,16 +564,18 @@ def test_figure_of_information_with_context(log):
         means = context[shown & context.shuffled].groupby(["label", "step"]).held_out.mean()
         assert_drawn(axes, pd.concat([rows, means.reset_index()]), "step", "held_out")
     assert figure.axes[0].get_ylabel() == "information, nats"
-    for words in ("seed 1, 2, 3", "40 held-out windows"):
+    for words in ("seed 1, 2, 3", "MINE: 40 windows, 20 passes, held-out"):
         assert words in figure.get_suptitle()
 
 
 def test_figure_of_information_of_the_same_step(log):
     information = information_of_seeds()
     same_step = information[information.analysis == "same step"]
-    figure = ar.plot_information(same_step, "depth", PAPERS, ar.describe(log), col="quantity")
+    figure = ar.plot_information(
+        information, "same step", "depth", PAPERS, ar.describe(log), col="quantity"
+    )
     assert legend_of(figure) == ["label", *SEEDS, "x_t", "state", "shuffled"]
-    assert "40 training windows" in figure.get_suptitle()
+    assert "40 windows, 20 passes, training" in figure.get_suptitle()
     for axes, quantity in zip(figure.axes, ("I(s_t; T(s_t))", "I(a_t; T(s_t))"), strict=True):
         assert axes.get_title() == quantity
         rows = same_step[same_step.quantity == quantity]
@@ -593,7 +595,9 @@ def test_figure_of_information_of_the_same_step(log):
 def test_figure_of_information_in_the_data(log):
     information = information_of_seeds()
     data = information[information.analysis == "data"]
-    figure = ar.plot_information(data, "step", PAPERS, ar.describe(log), col="quantity")
+    figure = ar.plot_information(
+        information, "data", "step", PAPERS, ar.describe(log), col="quantity"
+    )
     (axes,) = figure.axes
     points = drawn(axes, sns.color_palette("colorblind", 1)[0])
     np.testing.assert_allclose(points, sorted(zip(data.step, data.training)))
@@ -685,15 +689,19 @@ def test_train_and_analyze(run_script, tmp_path, monkeypatch, figures_as_dots):
 
 
 def test_without_context_at_the_papers_settings(run_script, tmp_path, figures_as_dots):
-    size = [*SIZE, "--backbones", "random", "--context-length", "1", "--epochs", "0", "1"]
-    size += ["--num-epochs", "2", "--no-standardize", "--mine-estimate", "training"]
+    size = [*SIZE, "--backbones", "random", "--context-length", "1", "--epochs", "0", "2"]
+    size += [
+        "--no-standardize",
+        "--mine-estimate",
+        "training",
+    ]  # trained longer than --num-epochs 1
     result = run_script(SCRIPT, *size, "--run-name", "a")
     assert result.status == 0, result.err
     folder = tmp_path / "runs" / "a"
-    assert set(pd.read_csv(folder / "cka.csv").label) == {"random, epochs 0 and 1"}
+    assert set(pd.read_csv(folder / "cka.csv").label) == {"random, epochs 0 and 2"}
     information = pd.read_csv(folder / "information.csv")
     assert set(information.step) == {0}
-    assert set(information.label) == {"data", "random, epoch 1"}
+    assert set(information.label) == {"data", "random, epoch 2"}
     assert (folder / "information_with_context.png").exists()
 
 
@@ -703,7 +711,6 @@ def test_without_context_at_the_papers_settings(run_script, tmp_path, figures_as
         (["--backbones", "/nowhere"], ["nowhere"]),
         (["--backbone", "gpt2"], ["--backbones"]),
         (["--runs", "nowhere"], ["nowhere"]),
-        (["--epochs", "0", "7"], ["--epochs", "--num-epochs 1"]),
         (["--mine-windows", "100000"], ["--mine-windows"]),
     ],
 )

@@ -73,4 +73,4 @@ def test_a_folder_made_by_the_builder_is_a_backbone(tmp_path):
     build_assets.build_markov(args, tmp_path / "mine", 0.5)
     backbone = dt.load_backbone(sample_args(dt, backbone=str(tmp_path / "mine")))
     assert [(config.n_embd, config.n_head) for config in backbone.configs] == [(32, 2)] * 2
-    assert len(backbone.weights) == 2 * 12 + 2
+    assert len(backbone.weights) == 2 + 2 * 12 + 2  # embeddings, blocks, ln_f

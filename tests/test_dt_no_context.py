@@ -202,7 +202,7 @@ def test_learning_curves(tables):
     log, _ = tables
     labels = list(log.label.unique())
     assert labels == [f"gpt2, K 1, seed {seed}" for seed in (1, 2, 3)] + ["igpt, K 20, seed 1"]
-    figure = dt.plot_learning_curves(log, "colorblind", "title")
+    figure = dt.plot_learning_curves(log, "title")
     assert [text for text in legend_of(figure) if text in labels] == labels
     for axes, name in zip(figure.axes, ["return", "loss", "saturated_fraction"]):
         lines = [line for line in axes.lines if len(line.get_xdata())]
@@ -244,7 +244,7 @@ def test_boxes(tables):
     """Each box has the quartiles and whiskers of its own block and run, and stands at that block."""
     log, attention = tables
     labels = list(log.label.unique())
-    figure = dt.plot_attention_gaps(attention, "colorblind", "title")
+    figure = dt.plot_attention_gaps(attention, "title")
     gaps = dt.distance_gaps(attention)
     assert legend_of(figure) == labels and len(figure.axes) == 2
     assert figure.get_suptitle() == "title"
@@ -274,7 +274,7 @@ def test_boxes(tables):
 def test_dots_of_heads(tables):
     """A dot for each head, beside its block and at the mean over the windows, in its run's color."""
     log, attention = tables
-    figure = dt.plot_attention_heads(attention, "colorblind", "title")
+    figure = dt.plot_attention_heads(attention, "title")
     assert legend_of(figure)[-4:] == list(log.label.unique())
     assert [axes.get_ylabel() for axes in figure.axes[::3]] == [
         "attention distance (tokens)",

@@ -46,7 +46,7 @@ FORKS = {
     "another data format": [
         ("    with h5py.File(path) as file:\n", "    with np.load(path) as file:\n"),
         (
-            '        is_last = file["terminals"][()].astype(bool) | file["timeouts"][()].astype(bool)\n',
+            '        is_last = np.logical_or(file["terminals"], file["timeouts"])\n',
             '        is_last = file["ends"]\n',
         ),
     ],

@@ -95,6 +95,57 @@ def test_the_figure_shows_every_run(folders):
     assert losses.get_ylabel() == "mean squared action error"
 
 
+def test_scores_and_losses_with_a_column_for_each_backbone(folders):
+    tables = results_table.page_tables(
+        results_table.score_table(results_table.read_logs(folders[1:]))
+    )
+    assert results_table.markdown(tables["scores"]).splitlines() == [
+        "| env | K | head_std | gpt2 | random-gpt2 |",
+        "| --- | --- | --- | --- | --- |",
+        "| Hopper-v4 | 20 | - | 44.0 | 7.0 |",
+        "| Hopper-v4 | 20 | 0.02 | 9.0 | - |",
+        "| Hopper-v4 | 20 | the paper | 86.5 | - |",
+    ]
+    assert results_table.markdown(tables["losses"]).splitlines()[2:] == [
+        "| Hopper-v4 | 20 | - | 0.100 | 0.100 |",
+        "| Hopper-v4 | 20 | 0.02 | 0.100 | - |",
+    ]
+
+
+def test_tables_of_analyses(tmp_path, capsys):
+    """Each from a file of few rows, by hand."""
+    run = finished_run(tmp_path / "run", 1, [1.0])
+    for block, score in ((0, 3.0), (1, 4.0)):
+        finished_run(tmp_path / "blocks" / f"block_{block}", 1, [9.0, score])
+    files = {
+        "attention": "label,epoch,block,distance\n"
+        "a,0,0,1\na,0,0,2\na,0,1,4\na,1,0,9\na,2,0,5\na,2,1,7",
+        "windows": "label,norm\nb,1\nb,2\nb,9\na,4",
+        "pairs": "label,cosine\na,1\nb,-0.5\nb,0.5",
+        "sets": "label,relative_distance\na,1\nb,2\nb,",
+        "cka": "label,token,kind,cka\na,state,LayerNorm,1\na,state,LayerNorm,0.5\na,state,other,0",
+        "information": "label,quantity,shuffled,held_out,training\n"
+        "data,I,False,1,2\na,J,False,1,2\na,J,False,2,4\na,J,True,90,90",
+    }
+    for name, text in files.items():
+        (tmp_path / f"{name}.csv").write_text(text)
+    results_table.main(results_table.Args((run, tmp_path / "blocks", tmp_path)))
+    shown = capsys.readouterr().out
+    for lines in (
+        ("|  | block 0 | block 1 |", "| loss | 0.1 | 0.1 |", "| score | 3.0 | 4.0 |"),
+        (
+            "| label | epoch | block 0 | block 1 |",
+            "| a | 0 | 1.50 | 4.00 |",
+            "| a | 2 | 5.00 | 7.00 |",
+        ),
+        ("| b | 2.00 | -0.50 | 2.00 |", "| a | 4.00 | 1.00 | 1.00 |"),
+        ("| label | state: LayerNorm | state: other |", "| a | 0.75 | 0.00 |"),
+        ("| quantity | data | a |", "| I | 1.00 / 2.00 |  |", "| J |  | 1.50 / 3.00 |"),
+    ):
+        for line in lines:
+            assert line in shown.splitlines(), shown
+
+
 def test_a_file_is_filled_between_its_marks(folders, tmp_path, capsys):
     readme = tmp_path / "README.md"
     end = "between\n<!-- table: blocks -->\nstays\n<!-- end -->\nafter\n"

@@ -148,12 +148,13 @@ def score_table(log, paper_scale=False):
 
 def by_backbone(scores, value):
     """One column of the table of scores: a row for each setting, a column for each backbone."""
-    settings = [name for name in ("env", "K", "head_std") if name in scores]
-    return scores.pivot(index=settings, columns="backbone", values=value).fillna("-").reset_index()
+    table = scores.pivot(index=["env", "K", "head_std"], columns="backbone", values=value)
+    return table.fillna("-").reset_index()
 
 
 def page_tables(scores):
     """The best epochs, below them the paper's, and the losses of the last epochs."""
+    scores = scores.assign(head_std=scores.get("head_std", "-"))
     paper = scores.drop_duplicates(["env", "K", "backbone"]).assign(head_std="the paper")
     paper["best"] = paper["paper, best of 40"]
     return {
@@ -170,12 +171,14 @@ def block_table(folder):
     log = read_logs(sorted(folder.glob("block_*")))
     last = log[log.epoch == log.epoch.max()]
     table = last.groupby("run")[["loss", "score"]].mean().round({"loss": 3, "score": 1}).T
-    return table.rename(columns=lambda run: run.split("/")[-1].replace("_", " ")).astype(str)
+    table = table.rename(columns=lambda run: run.split("/")[-1].replace("_", " "))
+    return table.rename_axis("").astype(str)
 
 
 def attention_table(folder):
-    """Mean attention distance in tokens."""
+    """Mean attention distance in tokens, in the first and in the last epoch."""
     attention = pd.read_csv(folder / "attention.csv")
+    attention = attention[attention.epoch.isin([attention.epoch.min(), attention.epoch.max()])]
     distances = attention.groupby(["label", "epoch", "block"], sort=False).distance.mean()
     return distances.unstack().add_prefix("block ")
 
@@ -254,7 +257,7 @@ def main(args):
     log = read_logs(args.folders, args.paper_scale)
     scores = score_table(log, args.paper_scale)
     print(markdown(scores))
-    tables = page_tables(scores)
+    tables = page_tables(scores) if args.readme else {}
     for folder in args.folders:
         for file, (name, make_table) in ANALYSES.items():
             if (folder / file).exists():
