@@ -899,7 +899,7 @@ def plot_learning_curve(log, args):
         "return": f"return of {args.num_eval_episodes} episodes, 95 % interval",
         "loss": "mean squared action error",
         "saturated_fraction": "share of |action| > 0.99",
-        "grad_norm": "gradient norm, dashed: clipping threshold",
+        "grad_norm": "gradient norm (dashed: threshold)",
     }
     grid = sns.relplot(
         log.melt("step", list(labels)).dropna(),

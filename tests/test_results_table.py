@@ -119,10 +119,10 @@ def test_tables_of_analyses(tmp_path, capsys):
         finished_run(tmp_path / "blocks" / f"block_{block}", 1, [9.0, score])
     files = {
         "attention": "label,epoch,block,distance\n"
-        "a,0,0,1\na,0,0,2\na,0,1,4\na,1,0,9\na,2,0,5\na,2,1,7",
+        "a,0,0,1\na,0,0,2\na,0,1,4\na,1,0,9\na,2,0,5\na,2,0,7\na,2,1,7",
         "windows": "label,norm\nb,1\nb,2\nb,9\na,4",
         "pairs": "label,cosine\na,1\nb,-0.5\nb,0.5",
-        "sets": "label,relative_distance\na,1\nb,2\nb,",
+        "sets": "label,set,relative_distance\na,c.weight,1\nb,c.weight,2\nb,c.bias,3\nb,c.bias,",
         "cka": "label,token,kind,cka\na,state,LayerNorm,1\na,state,LayerNorm,0.5\na,state,other,0",
         "information": "label,quantity,shuffled,held_out,training\n"
         "data,I,False,1,2\na,J,False,1,2\na,J,False,2,4\na,J,True,90,90",
@@ -132,12 +132,8 @@ def test_tables_of_analyses(tmp_path, capsys):
     results_table.main(results_table.Args((run, tmp_path / "blocks", tmp_path)))
     shown = capsys.readouterr().out
     for lines in (
-        ("|  | block 0 | block 1 |", "| loss | 0.1 | 0.1 |", "| score | 3.0 | 4.0 |"),
-        (
-            "| label | epoch | block 0 | block 1 |",
-            "| a | 0 | 1.50 | 4.00 |",
-            "| a | 2 | 5.00 | 7.00 |",
-        ),
+        ("|  | block 0 | block 1 |", "| loss | 0.100 | 0.100 |", "| score | 3.0 | 4.0 |"),
+        ("| label | block 0 | block 1 |", "| a | 6.00 | 7.00 |"),
         ("| b | 2.00 | -0.50 | 2.00 |", "| a | 4.00 | 1.00 | 1.00 |"),
         ("| label | state: LayerNorm | state: other |", "| a | 0.75 | 0.00 |"),
         ("| quantity | data | a |", "| I | 1.00 / 2.00 |  |", "| J |  | 1.50 / 3.00 |"),
@@ -149,10 +145,11 @@ def test_tables_of_analyses(tmp_path, capsys):
 def test_a_file_is_filled_between_its_marks(folders, tmp_path, capsys):
     readme = tmp_path / "README.md"
     end = "between\n<!-- table: blocks -->\nstays\n<!-- end -->\nafter\n"
-    readme.write_text("before\n<!-- table: scores -->\nold\n<!-- end -->\n" + end)
+    start = "<!-- table: losses -->\n<!-- end -->\n<!-- table: scores -->\nold\n<!-- end -->\n"
+    readme.write_text(start + end)
     args = results_table.Args(tuple(folders[:1]), readme=readme)
     results_table.main(args)
     results_table.main(args)  # and again, with the same end
     text = readme.read_text()
-    assert "-->\nold\n" not in text and text.count("| gpt2 |") == 1 and text.endswith(end)
+    assert "-->\nold\n" not in text and text.count("| gpt2 |") == 2 and text.endswith(end)
     assert "| 39.0 |" in capsys.readouterr().out

@@ -9,7 +9,6 @@ information.csv or block_0 an analysis. In the file that --readme names, `<!-- t
 `<!-- end -->` enclose a table: scores, losses, blocks, attention, gradients, cka, information.
 """
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -170,16 +169,17 @@ def block_table(folder):
     """Loss and score of the last epoch, for each block that was replaced."""
     log = read_logs(sorted(folder.glob("block_*")))
     last = log[log.epoch == log.epoch.max()]
-    table = last.groupby("run")[["loss", "score"]].mean().round({"loss": 3, "score": 1}).T
-    table = table.rename(columns=lambda run: run.split("/")[-1].replace("_", " "))
-    return table.rename_axis("").astype(str)
+    table = last.groupby("run")[["loss", "score"]].mean()
+    table["loss"] = table["loss"].map("{:.3f}".format)
+    table["score"] = table["score"].map("{:.1f}".format)
+    return table.rename(lambda run: run.split("/")[-1].replace("_", " ")).T.rename_axis("")
 
 
 def attention_table(folder):
-    """Mean attention distance in tokens, in the first and in the last epoch."""
+    """Mean attention distance in tokens after the last epoch."""
     attention = pd.read_csv(folder / "attention.csv")
-    attention = attention[attention.epoch.isin([attention.epoch.min(), attention.epoch.max()])]
-    distances = attention.groupby(["label", "epoch", "block"], sort=False).distance.mean()
+    last = attention[attention.epoch == attention.epoch.max()]
+    distances = last.groupby(["label", "block"], sort=False).distance.mean()
     return distances.unstack().add_prefix("block ")
 
 
@@ -187,12 +187,14 @@ def gradient_table(folder):
     """What single windows' gradients are like, and how far the parameters have moved."""
     windows = pd.read_csv(folder / "windows.csv").groupby("label", sort=False)
     pairs = pd.read_csv(folder / "pairs.csv").groupby("label", sort=False)
-    sets = pd.read_csv(folder / "sets.csv").groupby("label", sort=False)
+    sets = pd.read_csv(folder / "sets.csv")
+    # All weights start at something else than zero; of the biases only those of trained models.
+    weights = sets[sets["set"].str.endswith("weight")].groupby("label", sort=False)
     return pd.DataFrame(
         {
             "gradient norm, median": windows["norm"].median(),
             "lowest cosine": pairs["cosine"].min(),
-            "relative distance moved, median": sets["relative_distance"].median(),
+            "relative distance of weights, median": weights["relative_distance"].median(),
         }
     )
 
@@ -266,10 +268,10 @@ def main(args):
     if args.readme:
         text = args.readme.read_text()
         for name, table in tables.items():
-            mark = f"<!-- table: {name} -->\n"
-            text = re.sub(
-                f"(?<={mark}).*?(?=<!-- end -->)", markdown(table) + "\n", text, flags=re.S
-            )
+            before, _, rest = text.partition(f"<!-- table: {name} -->\n")
+            _, end, after = rest.partition("<!-- end -->")
+            if end:
+                text = f"{before}<!-- table: {name} -->\n{markdown(table)}\n{end}{after}"
         args.readme.write_text(text)
     if args.figure:
         plot_runs(log, args.title).savefig(args.figure, dpi=120, bbox_inches="tight")
