@@ -1,9 +1,9 @@
-"""Open up the representations: what does fine-tuning leave of them, and what do they know?
+r"""Open up the representations: what does fine-tuning leave of them, and what do they know?
 
     python analyze_repr.py --sample                                    # two CPU cores
     python analyze_repr.py --backbones random gpt2 igpt-as-gpt2        # trains 40 epochs each first
     python analyze_repr.py --runs runs/ONE runs/ANOTHER --epochs 0 40  # finished runs
-    python analyze_repr.py --runs runs/ONE --mine-windows 100 --mine-batch-size 50 \\
+    python analyze_repr.py --runs runs/ONE --mine-windows 100 --mine-batch-size 50 \
         --mine-passes 1000 --no-standardize --mine-estimate training   # MINE as the paper ran it
 
 Paper: S. Takagi, "On the Effect of Pre-training for Transformer in Different Modality on Offline
@@ -54,7 +54,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
 )
-from pydantic.dataclasses import dataclass
+from pydantic.dataclasses import dataclass  # as the standard one, but it checks what it is given
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -175,7 +175,7 @@ class Analysis:
     mine_estimate: Literal["held_out", "training"] = "held_out"
     """which windows' estimates the figures show; the paper has training"""
     standardize: bool = True
-    """show MINE each feature with mean 0 and deviation 1; the paper has not"""
+    """show MINE each feature with mean 0 and deviation 1; the paper does not"""
 
 
 @dataclass
@@ -319,7 +319,7 @@ class DecisionTransformer(nn.Module):
                 "ln_f": LAYER_NORMS[final_norm](width, eps=configs[0].epsilon),
             }
         )
-        # The last weights of every branch start small, the smaller the more branches, as in GPT-2.
+        # The last weights of every branch start the smaller, the more blocks there are, as in GPT-2.
         # [decision_transformer/models/trajectory_gpt2.py#L525]
         for name, weight in self.transformer.h.named_parameters():
             if name.endswith("c_proj.weight"):
@@ -734,7 +734,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 def training_loss(model, windows):
     """Mean squared error of the actions, and the share of predicted ones beyond ±0.99.
 
-    Both are means over the valid steps and the action dimensions. There, tanh is so flat that
+    Both are means over the valid steps and the action dimensions. Through a tanh beyond ±0.99
     hardly any gradient passes.
     """
     predicted = model(windows.returns_to_go, windows.states, windows.actions, windows.timesteps)
@@ -809,7 +809,7 @@ def train(args, folder, backbone):
         log = checkpoint["log"]
         print(f"{folder} goes on after epoch {checkpoint['epoch']}.")
 
-    # How training calls the model: compiled for a GPU, shared by processes, the same parameters.
+    # The same model, with the same parameters, compiled for a GPU and shared by processes.
     training_model = model
     if args.compile:
         training_model = torch.compile(training_model, mode="reduce-overhead")  # CUDA graphs

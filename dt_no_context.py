@@ -1,4 +1,4 @@
-"""Fine-tune without context: how far does a model come that sees the current step only?
+"""Fine-tune without context: how far does a model get that sees the current step only?
 
     python dt_no_context.py --sample                                    # two CPU cores
     python dt_no_context.py --backbone gpt2 --env Hopper-v4             # wants a GPU
@@ -305,7 +305,7 @@ class DecisionTransformer(nn.Module):
                 "ln_f": LAYER_NORMS[final_norm](width, eps=configs[0].epsilon),
             }
         )
-        # The last weights of every branch start small, the smaller the more branches, as in GPT-2.
+        # The last weights of every branch start the smaller, the more blocks there are, as in GPT-2.
         # [decision_transformer/models/trajectory_gpt2.py#L525]
         for name, weight in self.transformer.h.named_parameters():
             if name.endswith("c_proj.weight"):
@@ -720,7 +720,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 def training_loss(model, windows):
     """Mean squared error of the actions, and the share of predicted ones beyond ±0.99.
 
-    Both are means over the valid steps and the action dimensions. There, tanh is so flat that
+    Both are means over the valid steps and the action dimensions. Through a tanh beyond ±0.99
     hardly any gradient passes.
     """
     predicted = model(windows.returns_to_go, windows.states, windows.actions, windows.timesteps)
@@ -795,7 +795,7 @@ def train(args, folder, backbone):
         log = checkpoint["log"]
         print(f"{folder} goes on after epoch {checkpoint['epoch']}.")
 
-    # How training calls the model: compiled for a GPU, shared by processes, the same parameters.
+    # The same model, with the same parameters, compiled for a GPU and shared by processes.
     training_model = model
     if args.compile:
         training_model = torch.compile(training_model, mode="reduce-overhead")  # CUDA graphs
