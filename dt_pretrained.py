@@ -284,7 +284,7 @@ class DecisionTransformer(nn.Module):
                 "ln_f": LAYER_NORMS[final_norm](width, eps=configs[0].epsilon),
             }
         )
-        # The last weights of every branch start the smaller, the more blocks there are, as in GPT-2.
+        # The last weights of each branch start smaller where there are more blocks, as in GPT-2.
         # [decision_transformer/models/trajectory_gpt2.py#L525]
         for name, weight in self.transformer.h.named_parameters():
             if name.endswith("c_proj.weight"):
