@@ -91,7 +91,7 @@ class Args:
 
     # Optimization
     batch_size: PositiveInt = 64
-    """windows of K steps per training step, of all processes together"""
+    """windows of K steps per training step, of all processes together: a multiple of their number"""
     learning_rate: PositiveFloat = 1e-4
     """of AdamW, after the warm-up"""
     weight_decay: NonNegativeFloat = 1e-4
@@ -156,8 +156,8 @@ class Analysis:
     backbones: tuple[str, ...] = ("random", "gpt2", "igpt")
     """starting points to train and compare, by the names that --backbone takes elsewhere"""
     runs: tuple[Path, ...] = ()
-    """finished runs of any script to analyze instead of training; of the arguments of training only
-    --seed, --device and --run-name count then"""
+    """finished runs of any script to analyze instead of training; the arguments of training are
+    theirs then, all but --seed and --device"""
     epochs: tuple[NonNegativeInt, ...] = (1,)
     """epochs whose models are analyzed; finished runs must have kept these and 0 (--save-epochs)"""
     norm_windows: int = Field(100, ge=2)
@@ -206,7 +206,7 @@ class BlockConfig:
 
 
 class Conv1D(nn.Module):
-    """A linear layer whose weight is [in, out], as in GPT-2's checkpoints; transformers' name."""
+    """A linear layer of weight [in, out], as in GPT-2's checkpoints; transformers names it so."""
 
     def __init__(self, n_in, n_out):
         super().__init__()
@@ -366,7 +366,7 @@ BUNDLED = {  # what --sample takes instead, under tests/assets
 
 class Backbone(NamedTuple):
     configs: list[BlockConfig]  # of its blocks
-    final_norm: str  # kind of ln_f; apart, as dt_no_context.py mixes blocks of different kinds
+    final_norm: str  # kind of ln_f; not a config's, since dt_no_context.py mixes kinds of blocks
     weights: dict[str, torch.Tensor]  # by their names in transformers' model; none if random
 
 
@@ -608,7 +608,7 @@ class OfflineData:
 # ==================================================================================================
 # Evaluation
 # ==================================================================================================
-# The paper used -v3. gymnasium has -v4, its successor, and warns that it is out of date.
+# The paper used -v3. gymnasium has its successor, -v4, and warns that -v4 is out of date.
 # [experiment.py#L99]
 warnings.filterwarnings("ignore", message=".*is out of date.*")
 
@@ -625,7 +625,7 @@ mujoco.set_mju_user_warning(warn_of_mujoco)
 def make_env(args, num_copies, **options):
     """A gymnasium vector environment of `num_copies` copies of `args.env`."""
     with exit_on_error(f"--env {args.env} cannot be made"):
-        # In one process: a step of MuJoCo takes less time than to pass it to another.
+        # In one process: a step of MuJoCo takes less time than a message to another process.
         env = gym.make_vec(args.env, num_copies, vectorization_mode="sync", **options)
     states = env.single_observation_space
     actions = env.single_action_space
@@ -685,7 +685,7 @@ def evaluate(model, env, args):
             )
         actions[running, t] = predicted[:, -1]
 
-        # Copies that are done go on until all are; what they do from then on is not counted.
+        # Copies that are done are stepped until all are, but their rewards no longer count.
         observations, rewards, terminated, truncated, _ = env.step(actions[:, t].cpu().numpy())
         episode_returns += rewards * running
         episode_lengths += running
@@ -814,8 +814,8 @@ def train(args, folder, backbone):
 
     for epoch in range(first_epoch, args.num_epochs + 1):  # epoch 0 is the model before training
         num_steps = args.steps_per_epoch if epoch > 0 else 0  # none, it is only evaluated
-        # All chance in an epoch follows from seed, epoch and rank alone, so that a run that was
-        # interrupted gives the numbers of one that was not.
+        # All chance in an epoch follows from the seed, the epoch and the processes alone, so that a
+        # run that was interrupted gives the numbers of one that was not.
         rng = np.random.default_rng([args.seed, epoch, RANK])
         torch.manual_seed(rng.integers(2**60))  # for dropout
         # Starts are drawn from all transitions, which is what the released code does in two steps:
@@ -934,7 +934,7 @@ def gradient_statistics(model, windows):
     """Norms and cosines of the gradients of single windows, in evaluation mode.
 
     Returns the norms over all parameters and over those of the blocks, both [windows], and the
-    cosine of each two windows over the latter [windows, windows], on the CPU.
+    latter's cosines of all pairs, [windows, windows], on the CPU.
 
     All gradients of GPT-2 small would take 34 GB for 100 windows. But a squared norm and an inner
     product are sums over the parameters, so that one block after the other is enough: 2.8 GB, at
@@ -954,7 +954,7 @@ def gradient_statistics(model, windows):
     squared_norms = inner_products.diagonal() + gradients.square().sum(dim=1).cpu()
 
     norms_in_blocks = inner_products.diagonal().sqrt()
-    # A window whose actions are all exactly -1 or 1 has no gradient: its cosines are 0.
+    # Where all predicted actions are exactly -1 or 1 there is no gradient: cosines are 0.
     cosines = inner_products / torch.outer(norms_in_blocks, norms_in_blocks).clamp(min=1e-30)
     return squared_norms.sqrt(), norms_in_blocks, cosines
 
@@ -1001,8 +1001,8 @@ def parameter_sets(model, before, windows, max_grad_norm):
 def analyze(folder, epoch, analysis, args):
     """Tables of single windows, of pairs of them and of parameter sets, of a run after `epoch`.
 
-    The windows depend on --seed, the data set and K alone, so that models are shown the same; the
-    released code draws new ones for each. In both, windows may be padded.
+    Models with the same data set, K and return_scale are shown the same windows, which depend on
+    --seed; the released code draws new ones for each. There and here, some are padded.
     """
     before, _ = load_model(folder / "epoch_0.pt", "cpu")
     model, run_args = load_model(folder / f"epoch_{epoch}.pt", args.device)
@@ -1013,7 +1013,7 @@ def analyze(folder, epoch, analysis, args):
     windows = data.windows(torch.as_tensor(starts, device=args.device), run_args.context_length)
 
     norms, norms_in_blocks, cosines = gradient_statistics(model, windows)
-    # What the paper plots: the norm of the blocks' gradient after clipping that of everything.
+    # What the paper plots: the norm of the blocks' part, once the whole gradient is clipped.
     # [analysis/signal_propagation.py#L231]
     clipped_norms = norms_in_blocks * (max_grad_norm / norms).clamp(max=1)
     norm_columns = {
@@ -1037,9 +1037,9 @@ def analyze(folder, epoch, analysis, args):
 def plot_windows(windows, pairs, title):
     """Norms of single windows' gradients, of the blocks' part after clipping, and their cosines.
 
-    The norm is over all parameters, the rest over those of the blocks. A low lowest cosine is the
-    gradient confusion of Sankararaman et al. 2020, bars in Fig. 5. Whiskers reach 1.5 interquartile
-    ranges, as in the paper, which plots clipped norms: they end at 0.25.
+    The norm is over all parameters, the rest over those of the blocks. A negative lowest cosine is
+    the gradient confusion of Sankararaman et al. 2020, bars in Fig. 5. Whiskers reach 1.5
+    interquartile ranges, as in the paper, which plots clipped norms, at most 0.25.
     [analysis/section-54-gradient-analysis/compute_grad_norm.py#L107]
     """
     figure = Figure(figsize=(16, 2.5 + 0.4 * windows.label.nunique()), layout="constrained")
@@ -1154,7 +1154,7 @@ def plot_learning_curves(log, title):
 def read_logs(folders):
     """The log.csv of several runs, one below the other.
 
-    Runs keep the order of `folders`. A run is called by its path below runs/; figures call it by
+    Runs keep the order of `folders`. A run is called by its folder, less "runs/"; figures call it by
     its `label`, which is unique: the backbone, and what else is not the same for all.
     """
     logs = []
@@ -1222,7 +1222,7 @@ def complete_arguments(args, subject):
         script = Path(__file__).stem
         args.run_name = f"{args.env}__{script}__{subject}__{args.seed}__{time.time_ns()}"
     message = f"Interrupted; the same command with --run-name {args.run_name} goes on."
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(message))
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(message if RANK == 0 else 1))
     return Path("runs") / args.run_name
 
 

@@ -91,7 +91,7 @@ class Args:
 
     # Optimization
     batch_size: PositiveInt = 64
-    """windows of K steps per training step, of all processes together"""
+    """windows of K steps per training step, of all processes together: a multiple of their number"""
     learning_rate: PositiveFloat = 1e-4
     """of AdamW, after the warm-up"""
     weight_decay: NonNegativeFloat = 1e-4
@@ -157,7 +157,7 @@ class Analysis:
     """starting points to train and compare, by the names that --backbone takes elsewhere"""
     runs: tuple[Path, ...] = ()
     """finished runs of any script to analyze instead of training, alike in env, dataset, K and
-    return_scale; of the arguments of training only --seed, --device and --run-name count then"""
+    return_scale; the arguments of training are theirs then, all but --seed and --device"""
     epochs: tuple[NonNegativeInt, NonNegativeInt] | None = None
     """the two epochs to compare, before and after fine-tuning; by default 0 and a run's last"""
     cka_windows: int = Field(100, ge=4)
@@ -218,7 +218,7 @@ class BlockConfig:
 
 
 class Conv1D(nn.Module):
-    """A linear layer whose weight is [in, out], as in GPT-2's checkpoints; transformers' name."""
+    """A linear layer of weight [in, out], as in GPT-2's checkpoints; transformers names it so."""
 
     def __init__(self, n_in, n_out):
         super().__init__()
@@ -378,7 +378,7 @@ BUNDLED = {  # what --sample takes instead, under tests/assets
 
 class Backbone(NamedTuple):
     configs: list[BlockConfig]  # of its blocks
-    final_norm: str  # kind of ln_f; apart, as dt_no_context.py mixes blocks of different kinds
+    final_norm: str  # kind of ln_f; not a config's, since dt_no_context.py mixes kinds of blocks
     weights: dict[str, torch.Tensor]  # by their names in transformers' model; none if random
 
 
@@ -620,7 +620,7 @@ class OfflineData:
 # ==================================================================================================
 # Evaluation
 # ==================================================================================================
-# The paper used -v3. gymnasium has -v4, its successor, and warns that it is out of date.
+# The paper used -v3. gymnasium has its successor, -v4, and warns that -v4 is out of date.
 # [experiment.py#L99]
 warnings.filterwarnings("ignore", message=".*is out of date.*")
 
@@ -637,7 +637,7 @@ mujoco.set_mju_user_warning(warn_of_mujoco)
 def make_env(args, num_copies, **options):
     """A gymnasium vector environment of `num_copies` copies of `args.env`."""
     with exit_on_error(f"--env {args.env} cannot be made"):
-        # In one process: a step of MuJoCo takes less time than to pass it to another.
+        # In one process: a step of MuJoCo takes less time than a message to another process.
         env = gym.make_vec(args.env, num_copies, vectorization_mode="sync", **options)
     states = env.single_observation_space
     actions = env.single_action_space
@@ -697,7 +697,7 @@ def evaluate(model, env, args):
             )
         actions[running, t] = predicted[:, -1]
 
-        # Copies that are done go on until all are; what they do from then on is not counted.
+        # Copies that are done are stepped until all are, but their rewards no longer count.
         observations, rewards, terminated, truncated, _ = env.step(actions[:, t].cpu().numpy())
         episode_returns += rewards * running
         episode_lengths += running
@@ -826,8 +826,8 @@ def train(args, folder, backbone):
 
     for epoch in range(first_epoch, args.num_epochs + 1):  # epoch 0 is the model before training
         num_steps = args.steps_per_epoch if epoch > 0 else 0  # none, it is only evaluated
-        # All chance in an epoch follows from seed, epoch and rank alone, so that a run that was
-        # interrupted gives the numbers of one that was not.
+        # All chance in an epoch follows from the seed, the epoch and the processes alone, so that a
+        # run that was interrupted gives the numbers of one that was not.
         rng = np.random.default_rng([args.seed, epoch, RANK])
         torch.manual_seed(rng.integers(2**60))  # for dropout
         # Starts are drawn from all transitions, which is what the released code does in two steps:
@@ -992,7 +992,7 @@ def activations(model, windows, layers, steps):
 
 
 # ==================================================================================================
-# CKA: how similar two layers represent the same windows (section 5.1)
+# CKA: how alike two layers represent the same windows (section 5.1)
 # ==================================================================================================
 def gram_matrix(activation):
     """Gram matrix of [windows, width], U-centered, of norm 1, flattened to [windows²].
@@ -1076,8 +1076,8 @@ class StatisticsNetworks(nn.Module):
 def mine(x, y, analysis, seed):
     """Estimate the mutual information of each x[i] with y[i] by MINE (Belghazi et al. 2018).
 
-    `x` and `y`, [estimators, 2 * windows, features] with features of their own, hold the training
-    windows first, then as many held-out ones. Returns the estimates on the held-out and on the
+    `x` and `y` are [estimators, 2 * windows, features], each with features of its own; the training
+    windows come first, then as many held-out ones. Returns the estimates on the held-out and on the
     training windows, in nats, both [estimators]; not finite where a network has diverged.
     """
     torch.manual_seed(seed)
@@ -1099,9 +1099,9 @@ def mine(x, y, analysis, seed):
     for _ in range(analysis.mine_passes):
         for batch in torch.randperm(num_windows).split(analysis.mine_batch_size):
             joint, marginal = statistics(batch, batch[torch.randperm(len(batch))])
-            # What is to grow is E_joint[f] - log E[exp f], the bound below. Its log has gradient
-            # E[exp f]' / E[exp f], less biased in small batches if the denominator is a moving
-            # average (section 3.2 of Belghazi et al.).
+            # What is to grow is E_joint[f] - log E[exp f], the estimate at the end. The gradient of
+            # the log is E[exp f]' / E[exp f], less biased in small batches if the denominator is a
+            # moving average (section 3.2 of Belghazi et al.).
             mean_exp = marginal.exp().mean(dim=1)
             if average is None:
                 average = mean_exp.detach()
@@ -1174,7 +1174,7 @@ def questions_about_model(model, windows, steps):
         if block not in of_figure_2:
             continue
         for token in TOKENS:
-            # Not for x_t = a_K, as in the released code: s_K cannot see it, and T(a_K) contains it.
+            # Like the released code, without x_t = a_K: s_K cannot see it, T(a_K) contains it.
             count = len(steps) - 1 if token == "action" else len(steps)
             if count == 0:
                 continue  # there is no other step
@@ -1196,7 +1196,7 @@ def answer(questions, steps, analysis, seed):
         # The windows are in a random order, so that it is enough to move each half by one.
         training, held_out = x[-1:].chunk(2, dim=1)
         shuffled = torch.cat([training.roll(1, dims=1), held_out.roll(1, dims=1)], dim=1)
-        times = [step - steps[-1] for step in steps[: len(x)]]  # -19 to 0
+        times = [step - steps[-1] for step in steps[: len(x)]]  # t - K
         table = pd.DataFrame({**columns, "step": [*times, times[-1]]})
         table["shuffled"] = [*[False] * len(times), True]
         x = torch.cat([x, shuffled])
@@ -1258,10 +1258,10 @@ def plot_heat_maps(grams, pairs, token, analysis, title):
 def plot_information(information, part, x, analysis, title, **panels):
     """What MINE has found, over `x`, beside the shuffled controls (Fig. 2, App. E and H.2).
 
-    Where several estimates fall together: mean and deviation.
+    Of several estimates at the same x: mean and deviation.
     """
     labels = {
-        "step": "time step t, 0 is the last",
+        "step": "time step t - K, 0 is the last",
         "depth": "depth of the block",
     }
     information = information[information.analysis == part]
@@ -1295,7 +1295,7 @@ def plot_information(information, part, x, analysis, title, **panels):
 def read_logs(folders):
     """The log.csv of several runs, one below the other.
 
-    Runs keep the order of `folders`. A run is called by its path below runs/; figures call it by
+    Runs keep the order of `folders`. A run is called by its folder, less "runs/"; figures call it by
     its `label`, which is unique: the backbone, and what else is not the same for all.
     """
     logs = []
@@ -1363,7 +1363,7 @@ def complete_arguments(args, subject):
         script = Path(__file__).stem
         args.run_name = f"{args.env}__{script}__{subject}__{args.seed}__{time.time_ns()}"
     message = f"Interrupted; the same command with --run-name {args.run_name} goes on."
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(message))
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(message if RANK == 0 else 1))
     return Path("runs") / args.run_name
 
 
@@ -1421,9 +1421,9 @@ if __name__ == "__main__":
 
     folders = list(dict.fromkeys(analysis.runs))  # each once
     if not folders:
-        if analysis.epochs:
-            args.num_epochs = max(args.num_epochs, *analysis.epochs)
-            args.save_epochs = (*analysis.epochs, *args.save_epochs)
+        epochs = analysis.epochs or (0, args.num_epochs)
+        args.num_epochs = max(args.num_epochs, *epochs)
+        args.save_epochs = (*epochs, *args.save_epochs)
         # What cannot be trained or analyzed is refused before any training.
         choose_windows(args, analysis, args.seed)
         backbones = {}

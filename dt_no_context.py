@@ -55,7 +55,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
 )
-from pydantic.dataclasses import dataclass
+from pydantic.dataclasses import dataclass  # as the standard one, but it checks what it is given
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -92,7 +92,7 @@ class Args:
 
     # Optimization
     batch_size: PositiveInt = 64
-    """windows of K steps per training step, of all processes together"""
+    """windows of K steps per training step, of all processes together: a multiple of their number"""
     learning_rate: PositiveFloat = 1e-4
     """of AdamW, after the warm-up"""
     weight_decay: NonNegativeFloat = 1e-4
@@ -204,7 +204,7 @@ class BlockConfig:
 
 
 class Conv1D(nn.Module):
-    """A linear layer whose weight is [in, out], as in GPT-2's checkpoints; transformers' name."""
+    """A linear layer of weight [in, out], as in GPT-2's checkpoints; transformers names it so."""
 
     def __init__(self, n_in, n_out):
         super().__init__()
@@ -364,7 +364,7 @@ BUNDLED = {  # what --sample takes instead, under tests/assets
 
 class Backbone(NamedTuple):
     configs: list[BlockConfig]  # of its blocks
-    final_norm: str  # kind of ln_f; apart, as dt_no_context.py mixes blocks of different kinds
+    final_norm: str  # kind of ln_f; not a config's, since dt_no_context.py mixes kinds of blocks
     weights: dict[str, torch.Tensor]  # by their names in transformers' model; none if random
 
 
@@ -606,7 +606,7 @@ class OfflineData:
 # ==================================================================================================
 # Evaluation
 # ==================================================================================================
-# The paper used -v3. gymnasium has -v4, its successor, and warns that it is out of date.
+# The paper used -v3. gymnasium has its successor, -v4, and warns that -v4 is out of date.
 # [experiment.py#L99]
 warnings.filterwarnings("ignore", message=".*is out of date.*")
 
@@ -623,7 +623,7 @@ mujoco.set_mju_user_warning(warn_of_mujoco)
 def make_env(args, num_copies, **options):
     """A gymnasium vector environment of `num_copies` copies of `args.env`."""
     with exit_on_error(f"--env {args.env} cannot be made"):
-        # In one process: a step of MuJoCo takes less time than to pass it to another.
+        # In one process: a step of MuJoCo takes less time than a message to another process.
         env = gym.make_vec(args.env, num_copies, vectorization_mode="sync", **options)
     states = env.single_observation_space
     actions = env.single_action_space
@@ -683,7 +683,7 @@ def evaluate(model, env, args):
             )
         actions[running, t] = predicted[:, -1]
 
-        # Copies that are done go on until all are; what they do from then on is not counted.
+        # Copies that are done are stepped until all are, but their rewards no longer count.
         observations, rewards, terminated, truncated, _ = env.step(actions[:, t].cpu().numpy())
         episode_returns += rewards * running
         episode_lengths += running
@@ -812,8 +812,8 @@ def train(args, folder, backbone):
 
     for epoch in range(first_epoch, args.num_epochs + 1):  # epoch 0 is the model before training
         num_steps = args.steps_per_epoch if epoch > 0 else 0  # none, it is only evaluated
-        # All chance in an epoch follows from seed, epoch and rank alone, so that a run that was
-        # interrupted gives the numbers of one that was not.
+        # All chance in an epoch follows from the seed, the epoch and the processes alone, so that a
+        # run that was interrupted gives the numbers of one that was not.
         rng = np.random.default_rng([args.seed, epoch, RANK])
         torch.manual_seed(rng.integers(2**60))  # for dropout
         # Starts are drawn from all transitions, which is what the released code does in two steps:
@@ -915,7 +915,7 @@ def train(args, folder, backbone):
 # Block replacement: one pre-trained block in a random model (section 5.6.1)
 # ==================================================================================================
 def mixed_backbone(args, pretrained, block_number):
-    """A random Backbone as deep and wide as `pretrained`, but for one block, which is that one's.
+    """A random Backbone as deep and wide as `pretrained`, from which it takes one block.
 
     The block keeps its own heads, activation and LayerNorm.
     """
@@ -1121,7 +1121,7 @@ def plot_attention_heads(attention, title):
 def read_logs(folders):
     """The log.csv of several runs, one below the other.
 
-    Runs keep the order of `folders`. A run is called by its path below runs/; figures call it by
+    Runs keep the order of `folders`. A run is called by its folder, less "runs/"; figures call it by
     its `label`, which is unique: the backbone, and what else is not the same for all.
     """
     logs = []
@@ -1189,7 +1189,7 @@ def complete_arguments(args, subject):
         script = Path(__file__).stem
         args.run_name = f"{args.env}__{script}__{subject}__{args.seed}__{time.time_ns()}"
     message = f"Interrupted; the same command with --run-name {args.run_name} goes on."
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(message))
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(message if RANK == 0 else 1))
     return Path("runs") / args.run_name
 
 
