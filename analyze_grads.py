@@ -91,7 +91,7 @@ class Args:
 
     # Optimization
     batch_size: PositiveInt = 64
-    """windows of K steps per training step, of all processes together: a multiple of their number"""
+    """windows of K steps per training step of all processes together, a multiple of their number"""
     learning_rate: PositiveFloat = 1e-4
     """of AdamW, after the warm-up"""
     weight_decay: NonNegativeFloat = 1e-4
@@ -1154,7 +1154,7 @@ def plot_learning_curves(log, title):
 def read_logs(folders):
     """The log.csv of several runs, one below the other.
 
-    Runs keep the order of `folders`. A run is called by its folder, less "runs/"; figures call it by
+    Runs keep the order of `folders`. A run is called by its folder less "runs/"; figures call it by
     its `label`, which is unique: the backbone, and what else is not the same for all.
     """
     logs = []

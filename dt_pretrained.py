@@ -92,7 +92,7 @@ class Args:
 
     # Optimization
     batch_size: PositiveInt = 64
-    """windows of K steps per training step, of all processes together: a multiple of their number"""
+    """windows of K steps per training step of all processes together, a multiple of their number"""
     learning_rate: PositiveFloat = 1e-4
     """of AdamW, after the warm-up"""
     weight_decay: NonNegativeFloat = 1e-4
