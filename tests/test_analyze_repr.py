@@ -658,8 +658,8 @@ def test_train_and_analyze(run_script, tmp_path, monkeypatch, figures_as_dots):
 
     # Held against the formula, from the checkpoints: the same windows before and after.
     models = [ar.load_model(folder / "a_checkpoint-500" / f"epoch_{e}.pt", "cpu") for e in (0, 1)]
-    analysis = ar.Analysis(cka_windows=20, mine_windows=40)
-    windows, _ = ar.choose_windows(models[1][1], analysis, seed=5)
+    analysis = ar.Analysis(cka_windows=20, mine_windows=40, mine_batch_size=20, mine_passes=1)
+    windows, mine_windows = ar.choose_windows(models[1][1], analysis, seed=5)
     x, y = (
         ar.activations(model, windows, ["2.ln_2"], [2])["2.ln_2"][:, 0, 1] for model, _ in models
     )
@@ -669,6 +669,12 @@ def test_train_and_analyze(run_script, tmp_path, monkeypatch, figures_as_dots):
     assert (
         abs(cka[row].cka.item() - cka_by_its_formula(x, y)) < 1e-6 and cka[row].cka.item() < 0.999
     )
+
+    # Mutual information is asked of the model after fine-tuning.
+    questions = ar.questions_about_model(models[1][0], mine_windows, [0, 2])
+    asked = ar.answer(itertools.islice(questions, 1), [0, 2], analysis, seed=5)
+    of_run = information[(information.run == runs[0]) & (information.block == 0)]
+    np.testing.assert_allclose(of_run.held_out[:3], asked.held_out, atol=1e-6)
 
     # Its checkpoints again, by the other door, with whatever K is given: the same numbers.
     finished = ["--sample", "--cka-windows", "20", "--seed", "5", "--mine-windows", "0"]

@@ -1,5 +1,6 @@
 """`dt_pretrained.py` run whole: loss, optimizer, log, files, seeds, and how it ends where it must."""
 
+import re
 import shutil
 import signal
 from dataclasses import asdict
@@ -330,7 +331,7 @@ def test_what_the_learning_curve_shows_is_the_log(run):
     """Also where returns are negative, as those of HalfCheetah at first are."""
     log = run.log.assign(**{"return": run.log["return"] - 600})
     figure = dt.plot_learning_curve(log, run.args)
-    axes_of = {axes.get_ylabel().split(",")[0]: axes for axes in figure.axes}
+    axes_of = {re.split(r", | \(", axes.get_ylabel())[0]: axes for axes in figure.axes}
     for label, name in (
         ("return of 2 episodes", "return"),
         ("mean squared action error", "loss"),
