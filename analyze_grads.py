@@ -1329,6 +1329,7 @@ if __name__ == "__main__":
     summary = summary.add_prefix("median_")
     summary["mean_cosine"] = pairs.groupby("label").cosine.mean()
     summary["lowest_cosine"] = pairs.groupby("label").cosine.min()
-    summary["median_relative_distance"] = sets.groupby("label").relative_distance.median()
+    weights = sets[sets["set"].str.endswith(".weight")]  # biases may start at zero
+    summary["median_relative_distance"] = weights.groupby("label").relative_distance.median()
     print(summary.round(4).to_string())
     print(f"{folder}: tables and figures; or: tensorboard --logdir runs")

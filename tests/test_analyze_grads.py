@@ -396,6 +396,8 @@ def test_backbones_of_the_same_name_then_one_of_their_runs(run_script, tmp_path,
         line for line in result.out.splitlines() if line.startswith("b/checkpoint, epoch 2")
     )
     assert f" {median:.4f}".rstrip("0") in line
+    weights = sets[(sets.run == "s/b_checkpoint") & ~sets["set"].str.endswith("bias")]
+    assert line.endswith(f" {weights.relative_distance.median():.4f}".rstrip("0"))
 
     trained = "runs/s/b_checkpoint"
     # A picture of one pixel: to paint them takes seconds.
