@@ -115,8 +115,6 @@ def test_scores_and_losses_with_a_column_for_each_backbone(folders):
 def test_tables_of_analyses(tmp_path, capsys):
     """Each from a file of few rows, by hand."""
     run = finished_run(tmp_path / "run", 1, [1.0])
-    for block, score in ((0, 3.0), (1, 4.0)):
-        finished_run(tmp_path / "blocks" / f"block_{block}", 1, [9.0, score])
     files = {
         "attention": "label,epoch,block,distance\n"
         "a,0,0,1\na,0,0,2\na,0,1,4\na,1,0,9\na,2,0,5\na,2,0,7\na,2,1,7",
@@ -129,14 +127,13 @@ def test_tables_of_analyses(tmp_path, capsys):
     }
     for name, text in files.items():
         (tmp_path / f"{name}.csv").write_text(text)
-    results_table.main(results_table.Args((run, tmp_path / "blocks", tmp_path)))
+    results_table.main(results_table.Args((run, tmp_path)))
     shown = capsys.readouterr().out
     for lines in (
-        ("|  | block 0 | block 1 |", "| loss | 0.100 | 0.100 |", "| score | 3.0 | 4.0 |"),
         ("| label | block 0 | block 1 |", "| a | 6.00 | 7.00 |"),
         ("| b | 2.00 | -0.50 | 2.00 |", "| a | 4.00 | 1.00 | 1.00 |"),
         ("| label | state: LayerNorm | state: other |", "| a | 0.75 | 0.00 |"),
-        ("| quantity | data | a |", "| I | 1.00 / 2.00 |  |", "| J |  | 1.50 / 3.00 |"),
+        ("| quantity | data | a |", "| I | 1.00 |  |", "| J |  | 1.50 |"),
     ):
         for line in lines:
             assert line in shown.splitlines(), shown

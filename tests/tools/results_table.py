@@ -4,9 +4,9 @@
     python tests/tools/results_table.py runs/* --readme README.md   # and put between its marks
     python tests/tools/results_table.py runs/ONE runs/ANOTHER --figure runs.png --title "..."
 
-A folder counts for what is in it: log.csv makes it a run, attention.csv, windows.csv, cka.csv,
-information.csv or block_0 an analysis. In the file that --readme names, `<!-- table: NAME -->` and
-`<!-- end -->` enclose a table: scores, losses, blocks, attention, gradients, cka, information.
+A folder counts for what is in it: log.csv makes it a run, attention.csv, windows.csv, cka.csv or
+information.csv an analysis. In the file that --readme names, `<!-- table: NAME -->` and `<!-- end -->`
+enclose a table: scores, losses, attention, gradients, cka, information.
 """
 
 from dataclasses import dataclass
@@ -152,8 +152,9 @@ def by_backbone(scores, value):
 
 
 def page_tables(scores):
-    """The best epochs, below them the paper's, and the losses of the last epochs."""
+    """The best epochs, below them the paper's, and the losses of the last epochs (means only)."""
     scores = scores.assign(head_std=scores.get("head_std", "-"))
+    scores["loss"] = scores["loss"].str.split(" ± ").str[0]
     paper = scores.drop_duplicates(["env", "K", "backbone"]).assign(head_std="the paper")
     paper["best"] = paper["paper, best of 40"]
     return {
@@ -165,16 +166,6 @@ def page_tables(scores):
 # ==================================================================================================
 # Analyses: a table for each, from the CSVs in its folder
 # ==================================================================================================
-def block_table(folder):
-    """Loss and score of the last epoch, for each block that was replaced."""
-    log = read_logs(sorted(folder.glob("block_*")))
-    last = log[log.epoch == log.epoch.max()]
-    table = last.groupby("run")[["loss", "score"]].mean()
-    table["loss"] = table["loss"].map("{:.3f}".format)
-    table["score"] = table["score"].map("{:.1f}".format)
-    return table.rename(lambda run: run.split("/")[-1].replace("_", " ")).T.rename_axis("")
-
-
 def attention_table(folder):
     """Mean attention distance in tokens after the last epoch."""
     attention = pd.read_csv(folder / "attention.csv")
@@ -208,16 +199,13 @@ def cka_table(folder):
 
 
 def information_table(folder):
-    """Mutual information in nats, held out / of the training windows, mean over all it was asked for."""
+    """Mutual information in nats, from held-out windows, mean over all it was asked for."""
     information = pd.read_csv(folder / "information.csv")
-    information = information[~information.shuffled]
-    means = information.groupby(["quantity", "label"], sort=False)[["held_out", "training"]].mean()
-    cells = means.held_out.map("{:.2f}".format) + " / " + means.training.map("{:.2f}".format)
-    return cells.unstack().fillna("")
+    asked = information[~information.shuffled].groupby(["quantity", "label"], sort=False)
+    return asked.held_out.mean().map("{:.2f}".format).unstack().fillna("")
 
 
 ANALYSES = {  # by a file that only this analysis leaves in its folder
-    "block_0": ("blocks", block_table),
     "attention.csv": ("attention", attention_table),
     "windows.csv": ("gradients", gradient_table),
     "cka.csv": ("cka", cka_table),
