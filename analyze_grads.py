@@ -1297,9 +1297,9 @@ if __name__ == "__main__":
     of_models = []
     for run_folder, run, label in zip(folders, log.run.unique(), log.label.unique()):
         for epoch in analysis.epochs:
-            model = {"run": run, "label": f"{label}, epoch {epoch}", "epoch": epoch}
+            columns = {"run": run, "label": f"{label}, epoch {epoch}", "epoch": epoch}
             tables = analyze(run_folder, epoch, analysis, args)
-            of_models.append([table.assign(**model) for table in tables])
+            of_models.append([table.assign(**columns) for table in tables])
     windows, pairs, sets = (pd.concat(tables, ignore_index=True) for tables in zip(*of_models))
     folder.mkdir(parents=True, exist_ok=True)
     windows.to_csv(folder / "windows.csv", index=False)
