@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import seaborn as sns
 import torch
+import torch.nn as nn
 from conftest import ROOT, TINY, assert_one_sentence, load_data, make_model, sample_args
 
 import analyze_grads as ag
@@ -367,7 +368,11 @@ def test_backbones_of_the_same_name_then_one_of_their_runs(run_script, tmp_path,
 
     config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=8, n_positions=16)
     for name in ("a/checkpoint", "b/checkpoint"):
-        transformers.GPT2Model(config).save_pretrained(tmp_path / name)
+        model = transformers.GPT2Model(config)
+        for block in model.h:
+            nn.init.normal_(block.mlp.c_fc.bias)  # a bias that does not start at zero
+            nn.init.normal_(block.mlp.c_proj.bias)
+        model.save_pretrained(tmp_path / name)
     result = run_script(
         SCRIPT,
         *SIZE,

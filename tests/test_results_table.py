@@ -144,9 +144,13 @@ def test_a_file_is_filled_between_its_marks(folders, tmp_path, capsys):
     end = "between\n<!-- table: blocks -->\nstays\n<!-- end -->\nafter\n"
     start = "<!-- table: losses -->\n<!-- end -->\n<!-- table: scores -->\nold\n<!-- end -->\n"
     readme.write_text(start + end)
+    without_marks = tmp_path / "other.md"
+    without_marks.write_text("no table here\n")
     args = results_table.Args(tuple(folders[:1]), readme=readme)
     results_table.main(args)
     results_table.main(args)  # and again, with the same end
+    results_table.main(results_table.Args(args.folders, readme=without_marks))
+    assert without_marks.read_text() == "no table here\n"
     text = readme.read_text()
     assert "-->\nold\n" not in text and text.count("| gpt2 |") == 2 and text.endswith(end)
     assert "| 39.0 |" in capsys.readouterr().out
