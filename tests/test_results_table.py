@@ -107,8 +107,7 @@ def test_scores_and_losses_with_a_column_for_each_backbone(folders):
         "| Hopper-v4 | 20 | the paper | 86.5 | - |",
     ]
     assert results_table.markdown(tables["losses"]).splitlines()[2:] == [
-        "| Hopper-v4 | 20 | - | 0.100 | 0.100 |",
-        "| Hopper-v4 | 20 | 0.02 | 0.100 | - |",
+        "| Hopper-v4 | 20 | 0.100 → 0.100 | 0.100 → - |",
     ]
 
 
@@ -121,7 +120,7 @@ def test_tables_of_analyses(tmp_path, capsys):
         "windows": "label,norm\nb,1\nb,2\nb,9\na,4",
         "pairs": "label,cosine\na,1\nb,-0.5\nb,0.5",
         "sets": "label,set,relative_distance\na,c.weight,1\nb,c.weight,2\nb,c.bias,3\nb,c.bias,",
-        "cka": "label,token,kind,cka\na,state,LayerNorm,1\na,state,LayerNorm,0.5\na,state,other,0",
+        "cka": "label,token,kind,cka\na,state,LayerNorm,1\na,return,LayerNorm,0.5\na,state,other,0",
         "information": "label,quantity,shuffled,held_out,training\n"
         "data,I,False,1,2\na,J,False,1,2\na,J,False,2,4\na,J,True,90,90",
     }
@@ -132,7 +131,7 @@ def test_tables_of_analyses(tmp_path, capsys):
     for lines in (
         ("| label | block 0 | block 1 |", "| a | 6.00 | 7.00 |"),
         ("| b | 2.00 | -0.50 | 2.00 |", "| a | 4.00 | 1.00 | 1.00 |"),
-        ("| label | state: LayerNorm | state: other |", "| a | 0.75 | 0.00 |"),
+        ("| label | LayerNorm | other |", "| a | 0.75 | 0.00 |"),
         ("| quantity | data | a |", "| I | 1.00 |  |", "| J |  | 1.50 |"),
     ):
         for line in lines:

@@ -152,14 +152,19 @@ def by_backbone(scores, value):
 
 
 def page_tables(scores):
-    """The best epochs, below them the paper's, and the losses of the last epochs (means only)."""
+    """The best epochs, and the losses of the last ones (means only), of one head → of the other.
+
+    On Hopper the paper's scores stand below; for other environments its scale is not known.
+    """
     scores = scores.assign(head_std=scores.get("head_std", "-"))
     scores["loss"] = scores["loss"].str.split(" ± ").str[0]
     paper = scores.drop_duplicates(["env", "K", "backbone"]).assign(head_std="the paper")
     paper["best"] = paper["paper, best of 40"]
+    paper = paper[paper.env.str.startswith("Hopper-")]
+    losses = by_backbone(scores, "loss").drop(columns="head_std").groupby(["env", "K"])
     return {
         "scores": by_backbone(pd.concat([scores, paper]), "best"),
-        "losses": by_backbone(scores, "loss"),
+        "losses": losses.agg(" → ".join).reset_index(),
     }
 
 
@@ -191,11 +196,9 @@ def gradient_table(folder):
 
 
 def cka_table(folder):
-    """CKA before and after, mean over layers."""
+    """CKA before and after, mean over tokens and layers."""
     cka = pd.read_csv(folder / "cka.csv")
-    means = cka.groupby(["label", "token", "kind"], sort=False).cka.mean().unstack([1, 2])
-    means.columns = [f"{token}: {kind}" for token, kind in means.columns]
-    return means
+    return cka.groupby(["label", "kind"], sort=False).cka.mean().unstack()
 
 
 def information_table(folder):
