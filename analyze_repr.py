@@ -334,7 +334,7 @@ class DecisionTransformer(nn.Module):
                 self.embed_state(states),
                 self.embed_action(actions),
             ]
-        # The three tokens of a step get the same embedding of its time, after the LayerNorm.
+        # After the LayerNorm, each of the three tokens gets the embedding of the step's time.
         # [decision_transformer/models/decision_transformer.py#L165]
         times = self.embed_timestep(timesteps)[:, :, None]  # [batch, K, 1, width]
         tokens = self.embed_ln(torch.stack(tokens, dim=2)) + times  # [batch, K, 3, width]
@@ -386,11 +386,10 @@ def load_backbone(args):
     """The Backbone that `args.backbone` names, downloaded if it is a hub id that is not cached."""
     if args.backbone in ("random", "random-gpt2"):
         # GPT-2 small's size, or that of the bundled GPT-2.
-        num_blocks = 4 if args.sample else 12
-        width = 128 if args.sample else 768
+        num_blocks, width, num_heads = (4, 128, 4) if args.sample else (12, 768, 12)
         config = BlockConfig(
             n_embd=width,
-            n_head=4 if args.sample else 12,
+            n_head=num_heads,
             n_inner=4 * width,
             activation="gelu_new",
             dropout=args.dropout,
@@ -457,10 +456,10 @@ def check_outputs(theirs, config):
     """
     ours = nn.Sequential(*[Block(config) for _ in theirs.h]).eval()
     ours.load_state_dict(theirs.h.state_dict())
-    theirs.wpe.weight.zero_()  # the position embedding, which ours does not have
     theirs.config.is_decoder = True  # without it transformers 5 gives ImageGPT no causal mask
     x = torch.randn(1, 16, config.n_embd)  # [batch, tokens, width]
     expected = theirs(inputs_embeds=x, use_cache=False).last_hidden_state
+    x = x + theirs.wpe.weight[:16]  # the position embedding, which ours does not have
     torch.testing.assert_close(
         theirs.ln_f(ours(x)),
         expected,
@@ -511,8 +510,7 @@ def read_d4rl(path):
         # An episode ends where the policy failed, or where the time was up.
         is_last = np.logical_or(file["terminals"], file["timeouts"])
         ends = np.flatnonzero(is_last) + 1
-        names = ("observations", "actions", "rewards")
-        columns = [np.split(file[name], ends)[:-1] for name in names]
+        columns = [np.split(file[name], ends)[:-1] for name in Episode._fields]
     return [Episode(*column) for column in zip(*columns)]
 
 
@@ -530,7 +528,6 @@ def read_minari(dataset, env_id):
     # Without these Minari would make the environment that the file names: it would run code.
     if not metadata.get("observation_space") or not metadata.get("action_space"):
         sys.exit(f"{folder} does not say what its observations and actions are: it is not opened.")
-    env_id = env_id.split(":")[-1]  # Minari keeps it without the module that it came from
     spec = json.loads(metadata.get("env_spec") or "{}")  # not all data sets have one
     recorded_in = spec.get("id", env_id)
     if recorded_in.split("-v")[0] != env_id.split("-v")[0]:
@@ -558,7 +555,7 @@ def load_episodes(args, env):
         if Path(args.dataset).is_file():
             episodes = read_d4rl(args.dataset)
         else:
-            episodes = read_minari(args.dataset, args.env)
+            episodes = read_minari(args.dataset, env.spec.id)
     shapes = (episodes[0].observations.shape[1:], episodes[0].actions.shape[1:])
     expected = (env.single_observation_space.shape, env.single_action_space.shape)
     if shapes != expected:
@@ -639,10 +636,7 @@ def make_env(args, num_copies, **options):
     with exit_on_error(f"--env {args.env} cannot be made"):
         # In one process: a step of MuJoCo takes less time than a message to another process.
         env = gym.make_vec(args.env, num_copies, vectorization_mode="sync", **options)
-    states = env.single_observation_space
     actions = env.single_action_space
-    if not isinstance(states, gym.spaces.Box) or len(states.shape) != 1:
-        sys.exit(f"{args.env} has observations {states}; the model takes vectors.")
     if actions != gym.spaces.Box(-1, 1, actions.shape, actions.dtype):
         sys.exit(f"{args.env} has actions {actions}; the model's are vectors from -1 to 1.")
     return env
@@ -759,8 +753,8 @@ def make_model(args, backbone, data, max_timestep):
     model.state_mean.copy_(data.state_mean)
     model.state_std.copy_(data.state_std)
     # Not strict: word and position embeddings are not used, and what `backbone` lacks stays as it
-    # was drawn. A random one lacks everything, igpt-as-gpt2 lacks the LayerNorms' biases, that of
-    # dt_no_context.py all blocks but one.
+    # was drawn. A random one lacks everything, igpt-as-gpt2 the LayerNorms' biases, and a mixed one
+    # (dt_no_context.py) all but one block.
     model.transformer.load_state_dict(backbone.weights, strict=False)
     if args.head_std is not None:
         # nn.Linear draws this weight for its act_dim inputs, its deviation is 1 / sqrt(3 act_dim).
@@ -776,10 +770,6 @@ def train(args, folder, backbone):
     Leaves checkpoints, TensorBoard events and log.csv in `folder`: a row for each 25th part of an
     epoch (the means of METRICS), and one for each episode of an evaluation (return, length, score).
     """
-    if WORLD_SIZE > 1 and not torch.distributed.is_initialized():
-        # The others wait while the first process evaluates.
-        torch.distributed.init_process_group(timeout=timedelta(hours=12))
-
     env = make_env(args, args.num_eval_episodes)
     data = OfflineData(load_episodes(args, env), args)
     longest_episode = int(data.timesteps.max()) + 1
@@ -801,7 +791,7 @@ def train(args, folder, backbone):
     log = []
     if (folder / "latest.pt").exists():
         checkpoint = read_checkpoint(folder / "latest.pt", args.device)
-        check_arguments(args, checkpoint["args"], folder)
+        check_arguments(args, Args(**checkpoint["args"]), folder)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         first_epoch = checkpoint["epoch"] + 1
@@ -870,12 +860,13 @@ def train(args, folder, backbone):
             clipped = (grad_norm > args.max_grad_norm).float()
             metrics.append(torch.stack([loss.detach(), saturated_fraction, grad_norm, clipped]))
             if i % log_interval == 0 or i == num_steps:
-                means = dict(zip(METRICS, torch.stack(metrics).mean(dim=0).tolist()))
+                values = torch.stack(metrics).mean(dim=0).tolist()
+                means = dict(zip(METRICS, values, strict=True))
                 metrics = []
-                if not math.isfinite(means["loss"]):
+                if not math.isfinite(means["grad_norm"]):  # nor is it where the loss is not
                     sys.exit(
-                        f"The loss is not finite at step {step}: look for NaN in the data, or go "
-                        f"on with --run-name {args.run_name} and a lower --learning-rate."
+                        f"The gradient is not finite at step {step}: look for NaN in the data, or "
+                        f"go on with --run-name {args.run_name} and a lower --learning-rate."
                     )
                 progress.set_postfix(means, refresh=False)
                 log.append({"epoch": epoch, "step": step, **means})
@@ -889,11 +880,11 @@ def train(args, folder, backbone):
         episodes = pd.DataFrame({"return": returns, "length": lengths, "score": scores})
         log += episodes.assign(epoch=epoch, step=step).to_dict("records")
         frame = pd.DataFrame(log).assign(
-            run=str(folder).split("runs/")[-1],  # run_name, and what an analysis puts below it
             env=args.env,
             dataset=args.dataset,
             backbone=args.backbone,
             K=args.context_length,
+            return_scale=args.return_scale,
             head_std=args.head_std,
             max_grad_norm=args.max_grad_norm,
             seed=args.seed,
@@ -965,8 +956,8 @@ def choose_windows(run_args, analysis, seed):
         held_out = rng.choice(odd, analysis.mine_windows, replace=False)
     for_mine = np.concatenate([training, held_out])
     return [
-        data.windows(torch.as_tensor(starts, device=run_args.device), run_args.context_length)
-        for starts in (for_cka, for_mine)
+        data.windows(torch.as_tensor(chosen, device=run_args.device), run_args.context_length)
+        for chosen in (for_cka, for_mine)
     ]
 
 
@@ -1149,7 +1140,7 @@ def questions_about_data(windows, steps):
     """What states and returns say about actions, without any model (App. H.2)."""
     data = data_tokens(windows, steps)
     for token, quantity in (("state", "I(s_t; a_t)"), ("return", "I(R_t; a_t)")):
-        columns = {"analysis": "data", "token": token, "quantity": quantity}
+        columns = {"part": "data", "token": token, "quantity": quantity}
         yield columns, data[token], data["action"]
 
 
@@ -1162,13 +1153,13 @@ def questions_about_model(model, windows, steps):
         # Block by block: the outputs of one take 1.8 GB for GPT-2, those of all would take 22.
         layer = f"{block}.mlp.dropout"
         outputs = activations(model, windows, [layer], steps)[layer]
-        output = dict(zip(TOKENS, outputs.permute(2, 1, 0, 3)))  # each [steps, windows, width]
+        known = dict(zip(TOKENS, outputs.permute(2, 1, 0, 3)))  # each [steps, windows, width]
 
         # In the same step, in every block (App. E).
         depth = (block + 0.5) / num_blocks
-        columns = {"analysis": "same step", "block": block, "depth": depth, "token": "state"}
-        yield {**columns, "quantity": "I(s_t; T(s_t))"}, data["state"], output["state"]
-        yield {**columns, "quantity": "I(a_t; T(s_t))"}, data["action"], output["state"]
+        columns = {"part": "same step", "block": block, "depth": depth, "token": "state"}
+        yield {**columns, "quantity": "I(s_t; T(s_t))"}, data["state"], known["state"]
+        yield {**columns, "quantity": "I(a_t; T(s_t))"}, data["action"], known["state"]
 
         # With context, in three blocks (Fig. 2).
         if block not in of_figure_2:
@@ -1178,12 +1169,12 @@ def questions_about_model(model, windows, steps):
             count = len(steps) - 1 if token == "action" else len(steps)
             if count == 0:
                 continue  # there is no other step
-            at_last_state = output["state"][-1:].expand(count, -1, -1)
+            at_last_state = known["state"][-1:].expand(count, -1, -1)
             last_action = data["action"][-1:].expand(count, -1, -1)
             place = of_figure_2[block]
-            columns = {"analysis": "context", "block": block, "place": place, "token": token}
+            columns = {"part": "context", "block": block, "place": place, "token": token}
             yield {**columns, "quantity": "I(x_t; T(s_K))"}, data[token][:count], at_last_state
-            yield {**columns, "quantity": "I(a_K; T(x_t))"}, last_action, output[token][:count]
+            yield {**columns, "quantity": "I(a_K; T(x_t))"}, last_action, known[token][:count]
 
 
 def answer(questions, steps, analysis, seed):
@@ -1264,7 +1255,7 @@ def plot_information(information, part, x, analysis, title, **panels):
         "step": "time step t - K, 0 is the last",
         "depth": "depth of the block",
     }
-    information = information[information.analysis == part]
+    information = information[information.part == part]
     grid = sns.relplot(
         information.assign(x_t=information.token.mask(information.shuffled, "shuffled")),
         x=x,
@@ -1304,15 +1295,14 @@ def read_logs(folders):
             log = pd.read_csv(folder / "log.csv")
         logs.append(log.assign(run=str(folder).removeprefix("runs/")))
     log = pd.concat(logs, ignore_index=True)
-    # A head_std that was not given is nan.
-    runs = log.drop_duplicates("run").set_index("run").astype(object).fillna("default")
-    labels = runs.backbone
-    for name in ("env", "dataset", "K", "head_std", "max_grad_norm", "seed"):
-        if runs[name].nunique() > 1:
-            labels += f", {name} " + runs[name].astype(str)
-    if labels.duplicated().any():
-        labels += " (" + labels.index + ")"
-    return log.assign(label=log.run.map(labels))
+    log["label"] = log.backbone
+    for name in ("env", "dataset", "K", "return_scale", "head_std", "max_grad_norm", "seed"):
+        values = log[name].map(str).replace("nan", "default")  # a head_std that was not given
+        if values.nunique() > 1:
+            log["label"] += f", {name} " + values
+    if log.label.nunique() < log.run.nunique():
+        log["label"] += " (" + log.run + ")"
+    return log
 
 
 def describe(log):
@@ -1348,8 +1338,11 @@ def complete_arguments(args, subject):
         )
     if args.sample and not ASSETS.is_dir():
         sys.exit(f"--sample needs {ASSETS}, which comes with the repository.")
-    if args.device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each process
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if WORLD_SIZE > 1:
+        if args.device == "cuda":  # a GPU for each process
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # 12 hours, since the others wait while the first process evaluates.
+        torch.distributed.init_process_group(timeout=timedelta(hours=12))
     with exit_on_error(f"--device {args.device} cannot be used"):
         torch.zeros(1, device=args.device)
     if args.dataset is None:
@@ -1370,13 +1363,13 @@ def complete_arguments(args, subject):
 def check_arguments(args, earlier, folder):
     """The run in `folder` can only go on with the arguments that it was started with, `earlier`."""
     may_differ = {"num_epochs", "save_epochs", "capture_video", "device", "compile", "run_name"}
-    if args.learning_rate < earlier["learning_rate"]:  # after a loss that was not finite
+    if args.learning_rate < earlier.learning_rate:  # the way out of a training that diverges
         may_differ.add("learning_rate")
-    for name, value in asdict(args).items():
-        if name not in may_differ and value != earlier[name]:
+    for name, value in asdict(earlier).items():
+        if name not in may_differ and value != getattr(args, name):
             sys.exit(
-                f"{folder} was started with {name} = {earlier[name]}, not {value}: choose another "
-                "--run-name, or the arguments that it was started with."
+                f"{folder} was started with {name} = {value}, not {getattr(args, name)}: choose "
+                "another --run-name, or the arguments that it was started with."
             )
 
 
@@ -1408,7 +1401,7 @@ def save_figure(figure, path):
 # Experiment
 # ==================================================================================================
 if __name__ == "__main__":
-    if "--backbone" in sys.argv:
+    if any(argument.split("=")[0] == "--backbone" for argument in sys.argv):
         sys.exit("This script compares several starting points: it takes --backbones.")
     defaults = Config(Analysis(), Args())
     if "--sample" in sys.argv:
@@ -1436,7 +1429,8 @@ if __name__ == "__main__":
         sys.exit()  # under torchrun the first process does the rest
 
     log = read_logs(folders)
-    mixed = [name for name in ("env", "dataset", "K") if log[name].nunique() > 1]
+    names = ("env", "dataset", "K", "return_scale")
+    mixed = [name for name in names if log[name].nunique() > 1]
     if mixed:
         sys.exit(f"The runs differ in {', '.join(mixed)}, but must see the same windows.")
     title = describe(log)
@@ -1444,7 +1438,7 @@ if __name__ == "__main__":
     _, run_args = load_model(folders[0] / "latest.pt", args.device)
     cka_windows, mine_windows = choose_windows(run_args, analysis, args.seed)
     K = run_args.context_length
-    steps = sorted({round(step) for step in np.linspace(K - 1, 0, min(analysis.mine_steps, K))})
+    steps = sorted({round(step) for step in np.linspace(K - 1, 0, analysis.mine_steps)})
 
     grams = {}
     models_after = {}
@@ -1463,12 +1457,13 @@ if __name__ == "__main__":
     cka = pd.concat(tables, ignore_index=True)
     folder.mkdir(parents=True, exist_ok=True)
     cka.to_csv(folder / "cka.csv", index=False)
-    figures = {"cka_before_after": plot_cka(cka, analysis, title)}
+    save_figure(plot_cka(cka, analysis, title), folder / "cka_before_after.png")
     # Each model with itself, and the fine-tuned ones with one another.
     pairs = [(name, name) for name in grams]
     pairs += itertools.combinations(models_after, 2)
     for token in TOKENS:
-        figures[f"cka_heat_maps_{token}"] = plot_heat_maps(grams, pairs, token, analysis, title)
+        figure = plot_heat_maps(grams, pairs, token, analysis, title)
+        save_figure(figure, folder / f"cka_heat_maps_{token}.png")
     print(f"CKA, mean over layers, and how many layers are above {analysis.cka_threshold}")
     cka["above"] = cka.cka > analysis.cka_threshold
     groups = cka.groupby(["label", "token", "kind"], sort=False)
@@ -1483,19 +1478,17 @@ if __name__ == "__main__":
             tables.append(table.assign(run=run, label=name))
         information = pd.concat(tables, ignore_index=True)
         information.to_csv(folder / "information.csv", index=False)
-        figures["information_with_context"] = plot_information(
+        figure = plot_information(
             information, "context", "step", analysis, title, row="quantity", col="place"
         )
-        figures["information_of_same_step"] = plot_information(
+        save_figure(figure, folder / "information_with_context.png")
+        figure = plot_information(
             information, "same step", "depth", analysis, title, col="quantity"
         )
-        figures["information_in_data"] = plot_information(
-            information, "data", "step", analysis, title, col="quantity"
-        )
+        save_figure(figure, folder / "information_of_same_step.png")
+        figure = plot_information(information, "data", "step", analysis, title, col="quantity")
+        save_figure(figure, folder / "information_in_data.png")
         print("Mutual information in nats, mean over blocks, tokens and steps")
-        groups = information.groupby(["label", "analysis", "quantity", "shuffled"], sort=False)
+        groups = information.groupby(["label", "part", "quantity", "shuffled"], sort=False)
         print(groups[["held_out", "training"]].mean().unstack("shuffled").round(3).to_string())
-
-    for name, figure in figures.items():
-        save_figure(figure, folder / f"{name}.png")
     print(f"{folder}: tables and figures; or: tensorboard --logdir runs")

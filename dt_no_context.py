@@ -320,7 +320,7 @@ class DecisionTransformer(nn.Module):
                 self.embed_state(states),
                 self.embed_action(actions),
             ]
-        # The three tokens of a step get the same embedding of its time, after the LayerNorm.
+        # After the LayerNorm, each of the three tokens gets the embedding of the step's time.
         # [decision_transformer/models/decision_transformer.py#L165]
         times = self.embed_timestep(timesteps)[:, :, None]  # [batch, K, 1, width]
         tokens = self.embed_ln(torch.stack(tokens, dim=2)) + times  # [batch, K, 3, width]
@@ -372,11 +372,10 @@ def load_backbone(args):
     """The Backbone that `args.backbone` names, downloaded if it is a hub id that is not cached."""
     if args.backbone in ("random", "random-gpt2"):
         # GPT-2 small's size, or that of the bundled GPT-2.
-        num_blocks = 4 if args.sample else 12
-        width = 128 if args.sample else 768
+        num_blocks, width, num_heads = (4, 128, 4) if args.sample else (12, 768, 12)
         config = BlockConfig(
             n_embd=width,
-            n_head=4 if args.sample else 12,
+            n_head=num_heads,
             n_inner=4 * width,
             activation="gelu_new",
             dropout=args.dropout,
@@ -443,10 +442,10 @@ def check_outputs(theirs, config):
     """
     ours = nn.Sequential(*[Block(config) for _ in theirs.h]).eval()
     ours.load_state_dict(theirs.h.state_dict())
-    theirs.wpe.weight.zero_()  # the position embedding, which ours does not have
     theirs.config.is_decoder = True  # without it transformers 5 gives ImageGPT no causal mask
     x = torch.randn(1, 16, config.n_embd)  # [batch, tokens, width]
     expected = theirs(inputs_embeds=x, use_cache=False).last_hidden_state
+    x = x + theirs.wpe.weight[:16]  # the position embedding, which ours does not have
     torch.testing.assert_close(
         theirs.ln_f(ours(x)),
         expected,
@@ -497,8 +496,7 @@ def read_d4rl(path):
         # An episode ends where the policy failed, or where the time was up.
         is_last = np.logical_or(file["terminals"], file["timeouts"])
         ends = np.flatnonzero(is_last) + 1
-        names = ("observations", "actions", "rewards")
-        columns = [np.split(file[name], ends)[:-1] for name in names]
+        columns = [np.split(file[name], ends)[:-1] for name in Episode._fields]
     return [Episode(*column) for column in zip(*columns)]
 
 
@@ -516,7 +514,6 @@ def read_minari(dataset, env_id):
     # Without these Minari would make the environment that the file names: it would run code.
     if not metadata.get("observation_space") or not metadata.get("action_space"):
         sys.exit(f"{folder} does not say what its observations and actions are: it is not opened.")
-    env_id = env_id.split(":")[-1]  # Minari keeps it without the module that it came from
     spec = json.loads(metadata.get("env_spec") or "{}")  # not all data sets have one
     recorded_in = spec.get("id", env_id)
     if recorded_in.split("-v")[0] != env_id.split("-v")[0]:
@@ -544,7 +541,7 @@ def load_episodes(args, env):
         if Path(args.dataset).is_file():
             episodes = read_d4rl(args.dataset)
         else:
-            episodes = read_minari(args.dataset, args.env)
+            episodes = read_minari(args.dataset, env.spec.id)
     shapes = (episodes[0].observations.shape[1:], episodes[0].actions.shape[1:])
     expected = (env.single_observation_space.shape, env.single_action_space.shape)
     if shapes != expected:
@@ -625,10 +622,7 @@ def make_env(args, num_copies, **options):
     with exit_on_error(f"--env {args.env} cannot be made"):
         # In one process: a step of MuJoCo takes less time than a message to another process.
         env = gym.make_vec(args.env, num_copies, vectorization_mode="sync", **options)
-    states = env.single_observation_space
     actions = env.single_action_space
-    if not isinstance(states, gym.spaces.Box) or len(states.shape) != 1:
-        sys.exit(f"{args.env} has observations {states}; the model takes vectors.")
     if actions != gym.spaces.Box(-1, 1, actions.shape, actions.dtype):
         sys.exit(f"{args.env} has actions {actions}; the model's are vectors from -1 to 1.")
     return env
@@ -745,8 +739,8 @@ def make_model(args, backbone, data, max_timestep):
     model.state_mean.copy_(data.state_mean)
     model.state_std.copy_(data.state_std)
     # Not strict: word and position embeddings are not used, and what `backbone` lacks stays as it
-    # was drawn. A random one lacks everything, igpt-as-gpt2 lacks the LayerNorms' biases, that of
-    # dt_no_context.py all blocks but one.
+    # was drawn. A random one lacks everything, igpt-as-gpt2 the LayerNorms' biases, and a mixed one
+    # (dt_no_context.py) all but one block.
     model.transformer.load_state_dict(backbone.weights, strict=False)
     if args.head_std is not None:
         # nn.Linear draws this weight for its act_dim inputs, its deviation is 1 / sqrt(3 act_dim).
@@ -762,10 +756,6 @@ def train(args, folder, backbone):
     Leaves checkpoints, TensorBoard events and log.csv in `folder`: a row for each 25th part of an
     epoch (the means of METRICS), and one for each episode of an evaluation (return, length, score).
     """
-    if WORLD_SIZE > 1 and not torch.distributed.is_initialized():
-        # The others wait while the first process evaluates.
-        torch.distributed.init_process_group(timeout=timedelta(hours=12))
-
     env = make_env(args, args.num_eval_episodes)
     data = OfflineData(load_episodes(args, env), args)
     longest_episode = int(data.timesteps.max()) + 1
@@ -787,7 +777,7 @@ def train(args, folder, backbone):
     log = []
     if (folder / "latest.pt").exists():
         checkpoint = read_checkpoint(folder / "latest.pt", args.device)
-        check_arguments(args, checkpoint["args"], folder)
+        check_arguments(args, Args(**checkpoint["args"]), folder)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         first_epoch = checkpoint["epoch"] + 1
@@ -856,12 +846,13 @@ def train(args, folder, backbone):
             clipped = (grad_norm > args.max_grad_norm).float()
             metrics.append(torch.stack([loss.detach(), saturated_fraction, grad_norm, clipped]))
             if i % log_interval == 0 or i == num_steps:
-                means = dict(zip(METRICS, torch.stack(metrics).mean(dim=0).tolist()))
+                values = torch.stack(metrics).mean(dim=0).tolist()
+                means = dict(zip(METRICS, values, strict=True))
                 metrics = []
-                if not math.isfinite(means["loss"]):
+                if not math.isfinite(means["grad_norm"]):  # nor is it where the loss is not
                     sys.exit(
-                        f"The loss is not finite at step {step}: look for NaN in the data, or go "
-                        f"on with --run-name {args.run_name} and a lower --learning-rate."
+                        f"The gradient is not finite at step {step}: look for NaN in the data, or "
+                        f"go on with --run-name {args.run_name} and a lower --learning-rate."
                     )
                 progress.set_postfix(means, refresh=False)
                 log.append({"epoch": epoch, "step": step, **means})
@@ -875,11 +866,11 @@ def train(args, folder, backbone):
         episodes = pd.DataFrame({"return": returns, "length": lengths, "score": scores})
         log += episodes.assign(epoch=epoch, step=step).to_dict("records")
         frame = pd.DataFrame(log).assign(
-            run=str(folder).split("runs/")[-1],  # run_name, and what an analysis puts below it
             env=args.env,
             dataset=args.dataset,
             backbone=args.backbone,
             K=args.context_length,
+            return_scale=args.return_scale,
             head_std=args.head_std,
             max_grad_norm=args.max_grad_norm,
             seed=args.seed,
@@ -990,26 +981,18 @@ def attention_of_heads(model, windows):
     return pd.concat(tables, ignore_index=True)
 
 
-def draw_windows(run_args, num_windows, seed):
-    """`num_windows` distinct Windows of 20 steps of a run's data set, none of them padded."""
-    data = OfflineData(load_episodes(run_args, make_env(run_args, 1)), run_args)
-    starts = torch.arange(len(data.states), device=run_args.device)
-    starts = starts[starts + ATTENTION_CONTEXT <= data.episode_ends]
-    with exit_on_error(
-        f"{run_args.dataset} has {len(starts)} windows of {ATTENTION_CONTEXT} steps: give "
-        f"--attention-windows {len(starts)} or fewer, 0 leaves attention out"
-    ):
-        chosen = np.random.default_rng(seed).choice(len(starts), num_windows, replace=False)
-    return data.windows(starts[chosen], ATTENTION_CONTEXT)
-
-
 def measure_attention(folder, analysis, args):
     """attention_of_heads of a finished run in each epoch whose model was kept.
 
-    Runs on the same data set are shown the same windows.
+    Windows are distinct and not padded; runs on the same data set are shown the same.
     """
     _, run_args = load_model(folder / "latest.pt", args.device)
-    windows = draw_windows(run_args, analysis.attention_windows, args.seed)
+    data = OfflineData(load_episodes(run_args, make_env(run_args, 1)), run_args)
+    starts = torch.arange(len(data.states), device=args.device)
+    starts = starts[starts + ATTENTION_CONTEXT <= data.episode_ends]
+    rng = np.random.default_rng(args.seed)
+    chosen = rng.choice(len(starts), analysis.attention_windows, replace=False)
+    windows = data.windows(starts[chosen], ATTENTION_CONTEXT)
     tables = []
     for epoch in range(run_args.num_epochs + 1):
         path = folder / f"epoch_{epoch}.pt"
@@ -1130,15 +1113,14 @@ def read_logs(folders):
             log = pd.read_csv(folder / "log.csv")
         logs.append(log.assign(run=str(folder).removeprefix("runs/")))
     log = pd.concat(logs, ignore_index=True)
-    # A head_std that was not given is nan.
-    runs = log.drop_duplicates("run").set_index("run").astype(object).fillna("default")
-    labels = runs.backbone
-    for name in ("env", "dataset", "K", "head_std", "max_grad_norm", "seed"):
-        if runs[name].nunique() > 1:
-            labels += f", {name} " + runs[name].astype(str)
-    if labels.duplicated().any():
-        labels += " (" + labels.index + ")"
-    return log.assign(label=log.run.map(labels))
+    log["label"] = log.backbone
+    for name in ("env", "dataset", "K", "return_scale", "head_std", "max_grad_norm", "seed"):
+        values = log[name].map(str).replace("nan", "default")  # a head_std that was not given
+        if values.nunique() > 1:
+            log["label"] += f", {name} " + values
+    if log.label.nunique() < log.run.nunique():
+        log["label"] += " (" + log.run + ")"
+    return log
 
 
 def describe(log):
@@ -1174,8 +1156,11 @@ def complete_arguments(args, subject):
         )
     if args.sample and not ASSETS.is_dir():
         sys.exit(f"--sample needs {ASSETS}, which comes with the repository.")
-    if args.device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each process
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if WORLD_SIZE > 1:
+        if args.device == "cuda":  # a GPU for each process
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # 12 hours, since the others wait while the first process evaluates.
+        torch.distributed.init_process_group(timeout=timedelta(hours=12))
     with exit_on_error(f"--device {args.device} cannot be used"):
         torch.zeros(1, device=args.device)
     if args.dataset is None:
@@ -1196,13 +1181,13 @@ def complete_arguments(args, subject):
 def check_arguments(args, earlier, folder):
     """The run in `folder` can only go on with the arguments that it was started with, `earlier`."""
     may_differ = {"num_epochs", "save_epochs", "capture_video", "device", "compile", "run_name"}
-    if args.learning_rate < earlier["learning_rate"]:  # after a loss that was not finite
+    if args.learning_rate < earlier.learning_rate:  # the way out of a training that diverges
         may_differ.add("learning_rate")
-    for name, value in asdict(args).items():
-        if name not in may_differ and value != earlier[name]:
+    for name, value in asdict(earlier).items():
+        if name not in may_differ and value != getattr(args, name):
             sys.exit(
-                f"{folder} was started with {name} = {earlier[name]}, not {value}: choose another "
-                "--run-name, or the arguments that it was started with."
+                f"{folder} was started with {name} = {value}, not {getattr(args, name)}: choose "
+                "another --run-name, or the arguments that it was started with."
             )
 
 
@@ -1234,10 +1219,10 @@ def save_figure(figure, path):
 # Experiment
 # ==================================================================================================
 if __name__ == "__main__":
-    training = replace(SAMPLE if "--sample" in sys.argv else Args(), context_length=1)
+    defaults = replace(SAMPLE if "--sample" in sys.argv else Args(), context_length=1)
     config = tyro.cli(
         tyro.conf.OmitArgPrefixes[Config],
-        default=Config(Analysis(), training),
+        default=Config(Analysis(), defaults),
         description=__doc__,
     )
     analysis = config.analysis
@@ -1247,11 +1232,9 @@ if __name__ == "__main__":
     folders = list(dict.fromkeys(analysis.runs))  # each once
     if not folders:
         backbone = load_backbone(args)
-        # What cannot be trained or analyzed is refused before any training.
         last_block = len(backbone.configs) - 1
         if max(analysis.replace_blocks, default=0) > last_block:
             sys.exit(f"--replace-blocks: --backbone {args.backbone} has blocks 0 to {last_block}.")
-        draw_windows(args, analysis.attention_windows, args.seed)  # exits if there are too few
         if not analysis.replace_blocks:
             train(args, folder, backbone)
             folders.append(folder)

@@ -6,9 +6,9 @@
 
 A Decision Transformer reads an episode as a sequence of returns-to-go, states and actions and
 learns to predict the actions, by their squared error. Then it is asked for a high return, and
-plays. Its Transformer starts as a GPT-2, as an ImageGPT or at random; all of it is trained. Begin
-to read at DecisionTransformer, then train. Each of the other three scripts repeats this one, word
-for word up to the figures, and adds an analysis.
+plays. Its Transformer starts as a GPT-2, as an ImageGPT or at random; all of it is trained. Start
+reading at DecisionTransformer, then train. The other three scripts repeat this one's sections, word
+for word, and each adds an analysis.
 
 Paper: S. Takagi, "On the Effect of Pre-training for Transformer in Different Modality on Offline
 Reinforcement Learning", NeurIPS 2022, https://arxiv.org/abs/2211.09817 (section 4, Table 1).
@@ -23,7 +23,7 @@ import json
 import math
 import os
 
-os.environ["MPLBACKEND"] = "agg"  # Jupyter and Colab set one that only their kernels have
+os.environ["MPLBACKEND"] = "agg"  # draws to files; Jupyter and Colab set one of their kernels'
 import signal
 import sys
 import time
@@ -299,7 +299,7 @@ class DecisionTransformer(nn.Module):
                 self.embed_state(states),
                 self.embed_action(actions),
             ]
-        # The three tokens of a step get the same embedding of its time, after the LayerNorm.
+        # After the LayerNorm, each of the three tokens gets the embedding of the step's time.
         # [decision_transformer/models/decision_transformer.py#L165]
         times = self.embed_timestep(timesteps)[:, :, None]  # [batch, K, 1, width]
         tokens = self.embed_ln(torch.stack(tokens, dim=2)) + times  # [batch, K, 3, width]
@@ -351,11 +351,10 @@ def load_backbone(args):
     """The Backbone that `args.backbone` names, downloaded if it is a hub id that is not cached."""
     if args.backbone in ("random", "random-gpt2"):
         # GPT-2 small's size, or that of the bundled GPT-2.
-        num_blocks = 4 if args.sample else 12
-        width = 128 if args.sample else 768
+        num_blocks, width, num_heads = (4, 128, 4) if args.sample else (12, 768, 12)
         config = BlockConfig(
             n_embd=width,
-            n_head=4 if args.sample else 12,
+            n_head=num_heads,
             n_inner=4 * width,
             activation="gelu_new",
             dropout=args.dropout,
@@ -422,10 +421,10 @@ def check_outputs(theirs, config):
     """
     ours = nn.Sequential(*[Block(config) for _ in theirs.h]).eval()
     ours.load_state_dict(theirs.h.state_dict())
-    theirs.wpe.weight.zero_()  # the position embedding, which ours does not have
     theirs.config.is_decoder = True  # without it transformers 5 gives ImageGPT no causal mask
     x = torch.randn(1, 16, config.n_embd)  # [batch, tokens, width]
     expected = theirs(inputs_embeds=x, use_cache=False).last_hidden_state
+    x = x + theirs.wpe.weight[:16]  # the position embedding, which ours does not have
     torch.testing.assert_close(
         theirs.ln_f(ours(x)),
         expected,
@@ -476,8 +475,7 @@ def read_d4rl(path):
         # An episode ends where the policy failed, or where the time was up.
         is_last = np.logical_or(file["terminals"], file["timeouts"])
         ends = np.flatnonzero(is_last) + 1
-        names = ("observations", "actions", "rewards")
-        columns = [np.split(file[name], ends)[:-1] for name in names]
+        columns = [np.split(file[name], ends)[:-1] for name in Episode._fields]
     return [Episode(*column) for column in zip(*columns)]
 
 
@@ -495,7 +493,6 @@ def read_minari(dataset, env_id):
     # Without these Minari would make the environment that the file names: it would run code.
     if not metadata.get("observation_space") or not metadata.get("action_space"):
         sys.exit(f"{folder} does not say what its observations and actions are: it is not opened.")
-    env_id = env_id.split(":")[-1]  # Minari keeps it without the module that it came from
     spec = json.loads(metadata.get("env_spec") or "{}")  # not all data sets have one
     recorded_in = spec.get("id", env_id)
     if recorded_in.split("-v")[0] != env_id.split("-v")[0]:
@@ -523,7 +520,7 @@ def load_episodes(args, env):
         if Path(args.dataset).is_file():
             episodes = read_d4rl(args.dataset)
         else:
-            episodes = read_minari(args.dataset, args.env)
+            episodes = read_minari(args.dataset, env.spec.id)
     shapes = (episodes[0].observations.shape[1:], episodes[0].actions.shape[1:])
     expected = (env.single_observation_space.shape, env.single_action_space.shape)
     if shapes != expected:
@@ -604,10 +601,7 @@ def make_env(args, num_copies, **options):
     with exit_on_error(f"--env {args.env} cannot be made"):
         # In one process: a step of MuJoCo takes less time than a message to another process.
         env = gym.make_vec(args.env, num_copies, vectorization_mode="sync", **options)
-    states = env.single_observation_space
     actions = env.single_action_space
-    if not isinstance(states, gym.spaces.Box) or len(states.shape) != 1:
-        sys.exit(f"{args.env} has observations {states}; the model takes vectors.")
     if actions != gym.spaces.Box(-1, 1, actions.shape, actions.dtype):
         sys.exit(f"{args.env} has actions {actions}; the model's are vectors from -1 to 1.")
     return env
@@ -724,8 +718,8 @@ def make_model(args, backbone, data, max_timestep):
     model.state_mean.copy_(data.state_mean)
     model.state_std.copy_(data.state_std)
     # Not strict: word and position embeddings are not used, and what `backbone` lacks stays as it
-    # was drawn. A random one lacks everything, igpt-as-gpt2 lacks the LayerNorms' biases, that of
-    # dt_no_context.py all blocks but one.
+    # was drawn. A random one lacks everything, igpt-as-gpt2 the LayerNorms' biases, and a mixed one
+    # (dt_no_context.py) all but one block.
     model.transformer.load_state_dict(backbone.weights, strict=False)
     if args.head_std is not None:
         # nn.Linear draws this weight for its act_dim inputs, its deviation is 1 / sqrt(3 act_dim).
@@ -741,10 +735,6 @@ def train(args, folder, backbone):
     Leaves checkpoints, TensorBoard events and log.csv in `folder`: a row for each 25th part of an
     epoch (the means of METRICS), and one for each episode of an evaluation (return, length, score).
     """
-    if WORLD_SIZE > 1 and not torch.distributed.is_initialized():
-        # The others wait while the first process evaluates.
-        torch.distributed.init_process_group(timeout=timedelta(hours=12))
-
     env = make_env(args, args.num_eval_episodes)
     data = OfflineData(load_episodes(args, env), args)
     longest_episode = int(data.timesteps.max()) + 1
@@ -766,7 +756,7 @@ def train(args, folder, backbone):
     log = []
     if (folder / "latest.pt").exists():
         checkpoint = read_checkpoint(folder / "latest.pt", args.device)
-        check_arguments(args, checkpoint["args"], folder)
+        check_arguments(args, Args(**checkpoint["args"]), folder)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         first_epoch = checkpoint["epoch"] + 1
@@ -835,12 +825,13 @@ def train(args, folder, backbone):
             clipped = (grad_norm > args.max_grad_norm).float()
             metrics.append(torch.stack([loss.detach(), saturated_fraction, grad_norm, clipped]))
             if i % log_interval == 0 or i == num_steps:
-                means = dict(zip(METRICS, torch.stack(metrics).mean(dim=0).tolist()))
+                values = torch.stack(metrics).mean(dim=0).tolist()
+                means = dict(zip(METRICS, values, strict=True))
                 metrics = []
-                if not math.isfinite(means["loss"]):
+                if not math.isfinite(means["grad_norm"]):  # nor is it where the loss is not
                     sys.exit(
-                        f"The loss is not finite at step {step}: look for NaN in the data, or go "
-                        f"on with --run-name {args.run_name} and a lower --learning-rate."
+                        f"The gradient is not finite at step {step}: look for NaN in the data, or "
+                        f"go on with --run-name {args.run_name} and a lower --learning-rate."
                     )
                 progress.set_postfix(means, refresh=False)
                 log.append({"epoch": epoch, "step": step, **means})
@@ -854,11 +845,11 @@ def train(args, folder, backbone):
         episodes = pd.DataFrame({"return": returns, "length": lengths, "score": scores})
         log += episodes.assign(epoch=epoch, step=step).to_dict("records")
         frame = pd.DataFrame(log).assign(
-            run=str(folder).split("runs/")[-1],  # run_name, and what an analysis puts below it
             env=args.env,
             dataset=args.dataset,
             backbone=args.backbone,
             K=args.context_length,
+            return_scale=args.return_scale,
             head_std=args.head_std,
             max_grad_norm=args.max_grad_norm,
             seed=args.seed,
@@ -964,8 +955,11 @@ def complete_arguments(args, subject):
         )
     if args.sample and not ASSETS.is_dir():
         sys.exit(f"--sample needs {ASSETS}, which comes with the repository.")
-    if args.device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each process
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if WORLD_SIZE > 1:
+        if args.device == "cuda":  # a GPU for each process
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # 12 hours, since the others wait while the first process evaluates.
+        torch.distributed.init_process_group(timeout=timedelta(hours=12))
     with exit_on_error(f"--device {args.device} cannot be used"):
         torch.zeros(1, device=args.device)
     if args.dataset is None:
@@ -986,13 +980,13 @@ def complete_arguments(args, subject):
 def check_arguments(args, earlier, folder):
     """The run in `folder` can only go on with the arguments that it was started with, `earlier`."""
     may_differ = {"num_epochs", "save_epochs", "capture_video", "device", "compile", "run_name"}
-    if args.learning_rate < earlier["learning_rate"]:  # after a loss that was not finite
+    if args.learning_rate < earlier.learning_rate:  # the way out of a training that diverges
         may_differ.add("learning_rate")
-    for name, value in asdict(args).items():
-        if name not in may_differ and value != earlier[name]:
+    for name, value in asdict(earlier).items():
+        if name not in may_differ and value != getattr(args, name):
             sys.exit(
-                f"{folder} was started with {name} = {earlier[name]}, not {value}: choose another "
-                "--run-name, or the arguments that it was started with."
+                f"{folder} was started with {name} = {value}, not {getattr(args, name)}: choose "
+                "another --run-name, or the arguments that it was started with."
             )
 
 

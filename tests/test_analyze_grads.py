@@ -430,6 +430,7 @@ def test_other_processes_of_torchrun_leave_the_analysis_to_the_first(
     "arguments,said",
     [
         (["--backbone", "gpt2"], ["--backbones"]),
+        (["--backbone=gpt2"], ["--backbones"]),
         (["--backbones", "random", str(ROOT)], [str(ROOT)]),
         (["--runs", "nowhere"], ["nowhere"]),
         (["--env", "Hoper-v4"], ["Hoper-v4"]),

@@ -295,7 +295,7 @@ def asked(num_blocks, num_steps, monkeypatch):
     pairs = {"data": [], "same step": [], "context": []}
     for about, x, t in questions:
         for a, b in zip(x, t, strict=True):
-            pairs[about["analysis"]].append((about["quantity"], name_of(a[0]), name_of(b[0])))
+            pairs[about["part"]].append((about["quantity"], name_of(a[0]), name_of(b[0])))
     return pairs, [about for about, _, _ in questions]
 
 
@@ -321,13 +321,13 @@ def test_what_mine_is_asked_about(num_blocks, shown, monkeypatch):
             expected.append(("I(x_t; T(s_K))", (None, token, step), (block, "state", 19)))
             expected.append(("I(a_K; T(x_t))", (None, "action", 19), (block, token, step)))
     assert sorted(pairs["context"], key=str) == sorted(expected, key=str)
-    in_context = [about for about in abouts if about["analysis"] == "context"]
+    in_context = [about for about in abouts if about["part"] == "context"]
     assert {about["block"] for about in in_context} == shown and len(in_context) == 6 * len(shown)
 
 
 def test_without_context_there_is_no_action_to_ask_about(monkeypatch):
     _, abouts = asked(4, 1, monkeypatch)
-    assert {about["token"] for about in abouts if about["analysis"] == "context"} == {
+    assert {about["token"] for about in abouts if about["part"] == "context"} == {
         "return",
         "state",
     }
@@ -434,7 +434,8 @@ def log(tmp_path_factory):
         folders.append(tmp_path_factory.getbasetemp() / "runs" / f"seed{seed}" / "gpt2")
         folders[-1].mkdir(parents=True)
         settings = {"env": "Hopper-v4", "dataset": "made up", "backbone": "gpt2", "K": 20}
-        settings |= {"head_std": None, "max_grad_norm": 0.25, "seed": seed, "epoch": [0, 40]}
+        settings |= {"return_scale": 1000.0, "head_std": None, "max_grad_norm": 0.25}
+        settings |= {"seed": seed, "epoch": [0, 40]}
         pd.DataFrame(settings).to_csv(folders[-1] / "log.csv")
     return ar.read_logs(folders)
 
@@ -512,12 +513,12 @@ def information_of_seeds():
         return rng.random(len(x)), rng.random(len(x))
 
     x = torch.zeros(3, 8, 1)
-    about = {"analysis": "data", "token": "state", "quantity": "I(s_t; a_t)"}
+    about = {"part": "data", "token": "state", "quantity": "I(s_t; a_t)"}
     questions = {"data": [(about, x, x)]}
     for label, num_blocks in BLOCKS.items():
         asked = []
         for block in range(num_blocks):
-            about = {"analysis": "same step", "token": "state", "block": block}
+            about = {"part": "same step", "token": "state", "block": block}
             about["depth"] = (block + 0.5) / num_blocks
             asked.append(({**about, "quantity": "I(s_t; T(s_t))"}, x, x))
             asked.append(({**about, "quantity": "I(a_t; T(s_t))"}, x, x))
@@ -528,7 +529,7 @@ def information_of_seeds():
                 ar.TOKENS, ("I(x_t; T(s_K))", "I(a_K; T(x_t))")
             ):
                 about = {
-                    "analysis": "context",
+                    "part": "context",
                     "token": token,
                     "block": block,
                     "place": places[block],
@@ -547,7 +548,7 @@ def information_of_seeds():
 
 def test_figure_of_information_with_context(log):
     information = information_of_seeds()
-    context = information[information.analysis == "context"]
+    context = information[information.part == "context"]
     figure = ar.plot_information(
         information, "context", "step", ANALYSIS, ar.describe(log), row="quantity", col="place"
     )
@@ -570,7 +571,7 @@ def test_figure_of_information_with_context(log):
 
 def test_figure_of_information_of_the_same_step(log):
     information = information_of_seeds()
-    same_step = information[information.analysis == "same step"]
+    same_step = information[information.part == "same step"]
     figure = ar.plot_information(
         information, "same step", "depth", PAPERS, ar.describe(log), col="quantity"
     )
@@ -594,7 +595,7 @@ def test_figure_of_information_of_the_same_step(log):
 
 def test_figure_of_information_in_the_data(log):
     information = information_of_seeds()
-    data = information[information.analysis == "data"]
+    data = information[information.part == "data"]
     figure = ar.plot_information(
         information, "data", "step", PAPERS, ar.describe(log), col="quantity"
     )
@@ -630,7 +631,7 @@ def test_train_and_analyze(run_script, tmp_path, monkeypatch, figures_as_dots):
     assert cka.label.unique().tolist() == labels
     information = pd.read_csv(folder / "information.csv")
     assert information.run.unique().tolist() == ["data", *runs]
-    columns = "run label analysis block depth place token quantity step shuffled held_out training"
+    columns = "run label part block depth place token quantity step shuffled held_out training"
     assert set(information.columns) == set(columns.split())
     assert set(information.step) == {-2, 0}
     assert sorted(path.stem for path in folder.glob("*.png")) == FIGURES
@@ -652,7 +653,7 @@ def test_train_and_analyze(run_script, tmp_path, monkeypatch, figures_as_dots):
     ]
     shown = [*(f"{value:.3f}" for value in expected[:2]), *map(str, expected[2:])]
     assert [*labels[0].split(), "return", *shown] in words
-    of_data = information[(information.analysis == "data") & ~information.shuffled]
+    of_data = information[(information.part == "data") & ~information.shuffled]
     mean = of_data[of_data.quantity == "I(R_t; a_t)"].held_out.mean()
     assert any(line[:3] == ["I(R_t;", "a_t)", f"{mean:.3f}"] for line in words)
 
@@ -717,6 +718,7 @@ def test_without_context_at_the_papers_settings(run_script, tmp_path, figures_as
     [
         (["--backbones", "/nowhere"], ["nowhere"]),
         (["--backbone", "gpt2"], ["--backbones"]),
+        (["--backbone=gpt2"], ["--backbones"]),
         (["--runs", "nowhere"], ["nowhere"]),
         (["--mine-windows", "100000"], ["--mine-windows"]),
     ],
@@ -727,9 +729,10 @@ def test_bad_input_ends_with_one_sentence(arguments, said, run_script, tmp_path)
 
 
 def test_runs_that_saw_other_data_are_refused(run_script, tmp_path, log):
-    for name, K in (("a", 20), ("b", 1)):
+    for name, scale in (("a", 1000.0), ("b", 1.0)):
         (tmp_path / "runs" / name).mkdir(parents=True)
-        changed = log[log.seed == 1].drop(columns=["run", "label"]).assign(K=K)
+        changed = log[log.seed == 1].drop(columns=["run", "label"])
+        changed = changed.assign(K=20 if name == "a" else 1, return_scale=scale)
         changed.to_csv(tmp_path / "runs" / name / "log.csv")
     result = run_script(SCRIPT, "--sample", "--runs", "runs/a", "runs/b")
-    assert_one_sentence(result, "differ in K,", "the same windows")
+    assert_one_sentence(result, "differ in K, return_scale,", "the same windows")

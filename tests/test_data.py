@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import gymnasium as gym
 import h5py
 import minari
 import numpy as np
@@ -215,9 +216,9 @@ def test_another_version_of_the_environment_is_said(capsys):
 def test_data_of_an_environment_of_ones_own(recorded_in, kept_by_minari, capsys):
     """Minari keeps the name of an environment without its module, or no name."""
     change_metadata(kept_by_minari, () if recorded_in else ["env_spec"], id=recorded_in)
-    env = dt.make_env(sample_args(dt), 1)  # shaped as the data
-    args = sample_args(dt, env="my_module:Mine-v0", dataset=str(kept_by_minari))
-    assert len(dt.load_episodes(args, env)) > 1
+    gym.register("Mine-v0", gym.spec("Hopper-v5").entry_point, max_episode_steps=1000)
+    args = sample_args(dt, env="gymnasium:Mine-v0", dataset=str(kept_by_minari))
+    assert len(dt.load_episodes(args, dt.make_env(args, 1))) > 1
     assert not capsys.readouterr().out
     if recorded_in:
         assert "Mine-v0, not in Hopper-v5" in refused(kept_by_minari)

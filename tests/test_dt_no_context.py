@@ -94,20 +94,34 @@ def test_transformers_attentions(backbone, folder):
         assert abs(row.own_token - np.mean([weights[i, i] for i in range(60)])) < 1e-5
 
 
-def test_windows_are_whole_and_drawn_from_the_seed():
+def test_windows_are_whole_and_drawn_from_the_seed(tmp_path, monkeypatch):
     args = sample_args(dt, context_length=1)
-    windows = dt.draw_windows(args, 300, seed=1)
+    (tmp_path / "epoch_0.pt").touch()
+    shown = []
+
+    def attention_of_heads(model, windows):
+        shown.append(windows)
+        return pd.DataFrame()
+
+    def draw_windows(count, seed):
+        analysis = dt.Analysis(attention_windows=count)
+        dt.measure_attention(tmp_path, analysis, dt.replace(args, seed=seed))
+        return shown.pop()
+
+    monkeypatch.setattr(dt, "load_model", lambda path, device: (None, args))
+    monkeypatch.setattr(dt, "attention_of_heads", attention_of_heads)
+    windows = draw_windows(300, seed=1)
     assert windows.states.shape == (300, 20, 11) and windows.valid.all()
     starts = torch.cat([windows.states[:, 0], windows.timesteps[:, :1]], dim=1)
     assert len(starts.unique(dim=0)) == 300
-    assert torch.equal(dt.draw_windows(args, 300, seed=1).states, windows.states)
-    assert not torch.equal(dt.draw_windows(args, 300, seed=2).states, windows.states)
+    assert torch.equal(draw_windows(300, seed=1).states, windows.states)
+    assert not torch.equal(draw_windows(300, seed=2).states, windows.states)
     # All windows that lie within one episode can be drawn, and no other.
     steps = load_data(dt, args).timesteps
     count = int((steps[19:] == steps[:-19] + 19).sum())
-    with pytest.raises(SystemExit, match=f"--attention-windows {count} "):
-        dt.draw_windows(args, count + 1, seed=1)
-    assert dt.draw_windows(args, count, seed=1).valid.all()
+    with pytest.raises(ValueError, match="larger sample"):
+        draw_windows(count + 1, seed=1)
+    assert draw_windows(count, seed=1).valid.all()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -161,6 +175,7 @@ RUNS = {  # blocks, heads, and what stands in every row of the log
     "study/igpt": (6, 2, {"backbone": "igpt", "K": 20, "seed": 1}),
 }
 SAME = {"env": "Hopper-v4", "dataset": "data", "head_std": None, "max_grad_norm": 0.25}
+SAME["return_scale"] = 1000.0
 
 
 @pytest.fixture(scope="module")
@@ -330,7 +345,6 @@ def test_labels_tell_runs_apart(first, second, labels, tmp_path, monkeypatch):
     "arguments,words",
     [
         (["--replace-blocks", "0", "4"], ["--replace-blocks", "0 to 3"]),
-        (["--attention-windows", "100000"], ["--attention-windows", "of 20 steps"]),
         (["--runs", "nowhere"], ["nowhere"]),
     ],
 )

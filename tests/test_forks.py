@@ -64,8 +64,8 @@ FORKS = {
     ],
     "three blocks": [
         (
-            "        num_blocks = 4 if args.sample else 12\n",
-            "        num_blocks = 3\n",
+            "        return Backbone([config] * num_blocks, ",
+            "        return Backbone([config] * 3, ",
         ),
     ],
 }

@@ -250,6 +250,7 @@ def checkpoint(tmp_path):
 def assert_same_weights(backbone, kind):
     expected = dt.load_backbone(sample_args(dt, backbone=kind)).weights
     assert backbone.weights.keys() == expected.keys() and len(expected) in (52, 43)
+    assert backbone.weights["wpe.weight"].any()  # not used here, but a fork may want it
     for name, weight in backbone.weights.items():
         assert torch.equal(weight, expected[name]) and weight.dtype == torch.float32
 
