@@ -2,7 +2,7 @@ r"""Open up the representations: what does fine-tuning leave of them, and what d
 
     python analyze_repr.py --sample                                    # two CPU cores
     python analyze_repr.py --backbones random gpt2 igpt-as-gpt2        # trains 40 epochs each first
-    python analyze_repr.py --runs runs/ONE runs/ANOTHER --epochs 0 40  # finished runs
+    python analyze_repr.py --runs runs/ONE runs/ANOTHER                # finished runs
     python analyze_repr.py --runs runs/ONE --mine-windows 100 --mine-batch-size 50 \
         --mine-passes 1000 --no-standardize --mine-estimate training   # MINE as the paper ran it
 
@@ -69,8 +69,7 @@ class Args:
     # Starting point and data
     backbone: str = "gpt2"
     """gpt2, igpt, igpt-as-gpt2 (ImageGPT's weights in GPT-2's blocks, as in the paper), random (the
-    paper's control: one head, ReLU), random-gpt2 (GPT-2's architecture), a hub id or folder; with
-    --sample also markov (trained on a Markov chain's sequences)"""
+    paper's control: one head, ReLU), random-gpt2 (GPT-2's architecture), a hub id or folder"""
     env: str = "Hopper-v4"
     """Hopper, HalfCheetah or Walker2d, -v4 or -v5; others need --dataset and --target-return"""
     dataset: str | None = None
@@ -158,8 +157,6 @@ class Analysis:
     runs: tuple[Path, ...] = ()
     """finished runs of any script to analyze instead of training, alike in env, dataset, K and
     return_scale; the arguments of training are theirs then, all but --seed and --device"""
-    epochs: tuple[NonNegativeInt, NonNegativeInt] | None = None
-    """the two epochs to compare, before and after fine-tuning; by default 0 and a run's last"""
     cka_windows: int = Field(100, ge=4)
     """windows on which activations are compared"""
     cka_threshold: FiniteFloat = 0.23
@@ -372,7 +369,6 @@ BUNDLED = {  # what --sample takes instead, under tests/assets
     "gpt2": "text-gpt2",
     "igpt": "image-gpt",
     "igpt-as-gpt2": "image-gpt",
-    "markov": "markov",
 }
 
 
@@ -1414,9 +1410,7 @@ if __name__ == "__main__":
 
     folders = list(dict.fromkeys(analysis.runs))  # each once
     if not folders:
-        epochs = analysis.epochs or (0, args.num_epochs)
-        args.num_epochs = max(args.num_epochs, *epochs)
-        args.save_epochs = (*epochs, *args.save_epochs)
+        args.save_epochs = (0, *args.save_epochs)
         # What cannot be trained or analyzed is refused before any training.
         choose_windows(args, analysis, args.seed)
         backbones = {}
@@ -1440,27 +1434,24 @@ if __name__ == "__main__":
     K = run_args.context_length
     steps = sorted({round(step) for step in np.linspace(K - 1, 0, analysis.mine_steps)})
 
+    models = {}  # after fine-tuning
     grams = {}
-    models_after = {}
     tables = []
     for run_folder, run, label in zip(folders, log.run.unique(), log.label.unique()):
-        before, after = analysis.epochs or (0, log[log.run == run].epoch.max())
-        of_run = []
-        for epoch in (before, after):
-            model, _ = load_model(run_folder / f"epoch_{epoch}.pt", args.device)
-            name = f"{label}, epoch {epoch}"
-            grams[name] = gram_matrices(model, cka_windows)
-            of_run.append(grams[name])
-        models_after[name] = model  # the later one
-        label = f"{label}, epochs {before} and {after}"
-        tables.append(cka_table(*of_run).assign(run=run, label=label))
+        model_before, _ = load_model(run_folder / "epoch_0.pt", args.device)
+        models[label], _ = load_model(run_folder / "latest.pt", args.device)
+        before = gram_matrices(model_before, cka_windows)
+        after = gram_matrices(models[label], cka_windows)
+        tables.append(cka_table(before, after).assign(run=run, label=label))
+        grams[f"{label}, before"] = before
+        grams[f"{label}, after"] = after
     cka = pd.concat(tables, ignore_index=True)
     folder.mkdir(parents=True, exist_ok=True)
     cka.to_csv(folder / "cka.csv", index=False)
     save_figure(plot_cka(cka, analysis, title), folder / "cka_before_after.png")
     # Each model with itself, and the fine-tuned ones with one another.
     pairs = [(name, name) for name in grams]
-    pairs += itertools.combinations(models_after, 2)
+    pairs += itertools.combinations([f"{label}, after" for label in models], 2)
     for token in TOKENS:
         figure = plot_heat_maps(grams, pairs, token, analysis, title)
         save_figure(figure, folder / f"cka_heat_maps_{token}.png")
@@ -1472,10 +1463,10 @@ if __name__ == "__main__":
     if analysis.mine_windows > 0:
         questions = questions_about_data(mine_windows, steps)
         tables = [answer(questions, steps, analysis, args.seed).assign(run="data", label="data")]
-        for run, (name, model) in zip(log.run.unique(), models_after.items()):
+        for run, (label, model) in zip(log.run.unique(), models.items()):
             questions = questions_about_model(model, mine_windows, steps)
             table = answer(questions, steps, analysis, args.seed)
-            tables.append(table.assign(run=run, label=name))
+            tables.append(table.assign(run=run, label=label))
         information = pd.concat(tables, ignore_index=True)
         information.to_csv(folder / "information.csv", index=False)
         figure = plot_information(

@@ -70,8 +70,7 @@ class Args:
     # Starting point and data
     backbone: str = "gpt2"
     """gpt2, igpt, igpt-as-gpt2 (ImageGPT's weights in GPT-2's blocks, as in the paper), random (the
-    paper's control: one head, ReLU), random-gpt2 (GPT-2's architecture), a hub id or folder; with
-    --sample also markov (trained on a Markov chain's sequences)"""
+    paper's control: one head, ReLU), random-gpt2 (GPT-2's architecture), a hub id or folder"""
     env: str = "Hopper-v4"
     """Hopper, HalfCheetah or Walker2d, -v4 or -v5; others need --dataset and --target-return"""
     dataset: str | None = None
@@ -358,7 +357,6 @@ BUNDLED = {  # what --sample takes instead, under tests/assets
     "gpt2": "text-gpt2",
     "igpt": "image-gpt",
     "igpt-as-gpt2": "image-gpt",
-    "markov": "markov",
 }
 
 
