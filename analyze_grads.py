@@ -19,7 +19,7 @@ import json
 import math
 import os
 
-os.environ["MPLBACKEND"] = "agg"  # Jupyter and Colab set one that only their kernels have
+os.environ["MPLBACKEND"] = "agg"  # to draw to files; Jupyter and Colab set one of their own
 import signal
 import sys
 import textwrap
@@ -518,7 +518,7 @@ def read_minari(dataset, env_id):
     recorded_in = spec.get("id", env_id)
     if recorded_in.split("-v")[0] != env_id.split("-v")[0]:
         sys.exit(f"{folder} was recorded in {recorded_in}, not in {env_id}.")
-    if recorded_in != env_id:  # Hopper and HalfCheetah behave alike in -v4 and -v5, Walker2d not
+    if recorded_in != env_id:  # Walker2d's physics differs between -v4 and -v5
         print(f"The data were recorded in {recorded_in}, the model is evaluated in {env_id}.")
     # Minari also keeps the observation after the last action.
     return [
@@ -663,10 +663,10 @@ def evaluate(model, env, args):
     for t in tqdm(range(horizon), desc="evaluation", unit="step", leave=False):
         observations = torch.as_tensor(np.float32(observations), device=args.device)
         states[:, t] = (observations - model.state_mean) / model.state_std
-        # The return that is still to come.
+        # What is left of the return that was asked for.
         to_go = (args.target_return - episode_returns) / args.return_scale
         returns_to_go[:, t, 0] = torch.as_tensor(to_go)
-        # Only episodes that go on are predicted, which saves time.
+        # Actions are predicted only for episodes that go on, which saves time.
         context = slice(max(0, t - args.context_length + 1), t + 1)
         with autocast(args):
             predicted = model(
@@ -743,9 +743,10 @@ def make_model(args, backbone, data, max_timestep):
     # (dt_no_context.py) all but one block.
     model.transformer.load_state_dict(backbone.weights, strict=False)
     if args.head_std is not None:
-        # nn.Linear draws this weight for its act_dim inputs, its deviation is 1 / sqrt(3 act_dim).
-        # As the action head it has `width` inputs, of variance 1 if ln_f's weights are 1: then, on
-        # Hopper, the tanh sees a deviation of sqrt(768) / 3 = 9: most actions start saturated.
+        # nn.Linear draws this weight for act_dim inputs, with a deviation of 1 / sqrt(3 act_dim),
+        # 1 / 3 on Hopper. As the action head it has `width` inputs, of variance 1 if ln_f's weights
+        # are 1. At a width of 768 the tanh then sees a deviation of sqrt(768) / 3 = 9, and most
+        # actions start saturated.
         nn.init.normal_(model.embed_action.weight, std=args.head_std)
     return model.to(args.device)
 
@@ -753,7 +754,7 @@ def make_model(args, backbone, data, max_timestep):
 def train(args, folder, backbone):
     """Fine-tune `backbone` as `args` say, or go on where the run in `folder` stopped.
 
-    Leaves checkpoints, TensorBoard events and log.csv in `folder`: a row for each 25th part of an
+    Leaves checkpoints, TensorBoard events and log.csv in `folder`: about 25 rows for each
     epoch (the means of METRICS), and one for each episode of an evaluation (return, length, score).
     """
     env = make_env(args, args.num_eval_episodes)
@@ -849,7 +850,7 @@ def train(args, folder, backbone):
                 values = torch.stack(metrics).mean(dim=0).tolist()
                 means = dict(zip(METRICS, values, strict=True))
                 metrics = []
-                if not math.isfinite(means["grad_norm"]):  # nor is it where the loss is not
+                if not math.isfinite(means["grad_norm"]):  # nor is it if the loss is not
                     sys.exit(
                         f"The gradient is not finite at step {step}: look for NaN in the data, or "
                         f"go on with --run-name {args.run_name} and a lower --learning-rate."
@@ -923,7 +924,7 @@ def gradient_statistics(model, windows):
     """Norms and cosines of the gradients of single windows, in evaluation mode.
 
     Returns the norms over all parameters and over those of the blocks, both [windows], and the
-    latter's cosines of all pairs, [windows, windows], on the CPU.
+    cosines of all pairs of the latter, [windows, windows], on the CPU.
 
     All gradients of GPT-2 small would take 34 GB for 100 windows. But a squared norm and an inner
     product are sums over the parameters, so that one block after the other is enough: 2.8 GB, at
@@ -936,6 +937,7 @@ def gradient_statistics(model, windows):
     for block in tqdm(model.transformer.h, desc="gradients", unit="block", leave=False):
         gradients = gradients_of_windows(model, windows, list(block.parameters()))
         inner_products += (gradients @ gradients.T).cpu().double()  # Apple's mps has no float64
+        del gradients  # before the next block's are computed
     outside_blocks = [
         weight for name, weight in model.named_parameters() if not name.startswith("transformer.h.")
     ]
@@ -1022,17 +1024,20 @@ def analyze(folder, epoch, analysis, args):
 # ==================================================================================================
 # Figures
 # ==================================================================================================
+sns.set_palette("colorblind")
+
+
 def plot_windows(windows, pairs, title):
     """Norms of single windows' gradients, of the blocks' part after clipping, and their cosines.
 
-    The norm is over all parameters, the rest over those of the blocks. A negative lowest cosine is
-    the gradient confusion of Sankararaman et al. 2020, bars in Fig. 5. Whiskers reach 1.5
-    interquartile ranges, as in the paper, which plots clipped norms, at most 0.25.
+    The norm is over all parameters, the rest over those of the blocks. The lowest cosine, if
+    negative, is the gradient confusion of Sankararaman et al. 2020, bars in Fig. 5. Whiskers reach
+    1.5 interquartile ranges, as in the paper, which plots clipped norms, at most 0.25.
     [analysis/section-54-gradient-analysis/compute_grad_norm.py#L107]
     """
     figure = Figure(figsize=(16, 2.5 + 0.4 * windows.label.nunique()), layout="constrained")
     panels = figure.subplots(1, 4, sharey=True)
-    style = {"y": "label", "hue": "run", "palette": "colorblind", "saturation": 1, "legend": False}
+    style = {"y": "label", "hue": "run", "saturation": 1, "legend": False}
     sns.boxplot(windows, x="norm", ax=panels[0], **style)
     sns.boxplot(windows, x="clipped_block_norm", ax=panels[1], **style)
     sns.boxplot(pairs, x="cosine", ax=panels[2], **style)
@@ -1070,7 +1075,6 @@ def plot_shares(sets, title):
         columns=["0.ln_1.weight", "0.ln_1.bias", "other LayerNorms", "attention", "mlp"]
     ).plot.barh(
         stacked=True,
-        color=sns.color_palette("colorblind"),
         figsize=(10, 1.5 + 0.4 * len(shares)),
         xlabel="norm of the set / sum of the norms of all sets",
         ylabel="",
@@ -1123,7 +1127,6 @@ def plot_learning_curves(log, title):
         hue="label",
         col="variable",
         kind="line",
-        palette="colorblind",
         height=3.5,
         facet_kws={"sharey": False},
         seed=0,  # of the bootstrap over the episodes of an evaluation
@@ -1143,7 +1146,8 @@ def read_logs(folders):
     """The log.csv of several runs, one below the other.
 
     Runs keep the order of `folders`. A run is called by its folder less "runs/"; figures call it by
-    its `label`, which is unique: the backbone, and what else is not the same for all.
+    its `label`: the backbone, those of the settings below that differ, and the run's name if that
+    is not enough.
     """
     logs = []
     for folder in folders:
@@ -1211,7 +1215,7 @@ def complete_arguments(args, subject):
     if args.run_name is None:
         script = Path(__file__).stem
         args.run_name = f"{args.env}__{script}__{subject}__{args.seed}__{time.time_ns()}"
-    message = f"Interrupted; the same command with --run-name {args.run_name} goes on."
+    message = f"Interrupted; the same command with --run-name {args.run_name} goes on training."
     signal.signal(signal.SIGINT, lambda *_: sys.exit(message if RANK == 0 else 1))
     return Path("runs") / args.run_name
 
@@ -1286,7 +1290,7 @@ if __name__ == "__main__":
     log = read_logs(folders)
     of_models = []
     for run_folder, run, label in zip(folders, log.run.unique(), log.label.unique()):
-        for epoch in analysis.epochs:
+        for epoch in dict.fromkeys(analysis.epochs):  # each once
             columns = {"run": run, "label": f"{label}, epoch {epoch}", "epoch": epoch}
             tables = analyze(run_folder, epoch, analysis, args)
             of_models.append([table.assign(**columns) for table in tables])
@@ -1297,8 +1301,8 @@ if __name__ == "__main__":
     sets.to_csv(folder / "sets.csv", index=False)
 
     title = describe(log)
-    of_batch = f"Clipped gradient of one batch of {analysis.norm_windows} windows\n{title}"
-    since_start = f"Change since epoch 0 (grey: zero or undefined)\n{title}"
+    batch_title = f"Clipped gradient of one batch of {analysis.norm_windows} windows\n{title}"
+    change_title = f"Change since epoch 0 (grey: zero or undefined)\n{title}"
     change = {
         "distance": "l2 distance",
         "relative_distance": "l2 distance / norm before",
@@ -1306,9 +1310,9 @@ if __name__ == "__main__":
     }
     figures = {
         "gradient_windows": plot_windows(windows, pairs, title),
-        "gradient_shares": plot_shares(sets, of_batch),
-        "gradient_per_set": plot_sets(sets, {"grad_norm": "norm, clipped"}, of_batch),
-        "parameter_change": plot_sets(sets, change, since_start),
+        "gradient_shares": plot_shares(sets, batch_title),
+        "gradient_per_set": plot_sets(sets, {"grad_norm": "norm, clipped"}, batch_title),
+        "parameter_change": plot_sets(sets, change, change_title),
         "learning_curves": plot_learning_curves(log, title),
     }
     for name, figure in figures.items():

@@ -20,7 +20,7 @@ import json
 import math
 import os
 
-os.environ["MPLBACKEND"] = "agg"  # Jupyter and Colab set one that only their kernels have
+os.environ["MPLBACKEND"] = "agg"  # to draw to files; Jupyter and Colab set one of their own
 import signal
 import sys
 import textwrap
@@ -156,7 +156,8 @@ class Analysis:
     """starting points to train and compare, by the names that --backbone takes elsewhere"""
     runs: tuple[Path, ...] = ()
     """finished runs of any script to analyze instead of training, alike in env, dataset, K and
-    return_scale; the arguments of training are theirs then, all but --seed and --device"""
+    return_scale, with epoch 0 kept; the arguments of training are theirs then, all but --seed and
+    --device"""
     cka_windows: int = Field(100, ge=4)
     """windows on which activations are compared"""
     cka_threshold: FiniteFloat = 0.23
@@ -528,7 +529,7 @@ def read_minari(dataset, env_id):
     recorded_in = spec.get("id", env_id)
     if recorded_in.split("-v")[0] != env_id.split("-v")[0]:
         sys.exit(f"{folder} was recorded in {recorded_in}, not in {env_id}.")
-    if recorded_in != env_id:  # Hopper and HalfCheetah behave alike in -v4 and -v5, Walker2d not
+    if recorded_in != env_id:  # Walker2d's physics differs between -v4 and -v5
         print(f"The data were recorded in {recorded_in}, the model is evaluated in {env_id}.")
     # Minari also keeps the observation after the last action.
     return [
@@ -673,10 +674,10 @@ def evaluate(model, env, args):
     for t in tqdm(range(horizon), desc="evaluation", unit="step", leave=False):
         observations = torch.as_tensor(np.float32(observations), device=args.device)
         states[:, t] = (observations - model.state_mean) / model.state_std
-        # The return that is still to come.
+        # What is left of the return that was asked for.
         to_go = (args.target_return - episode_returns) / args.return_scale
         returns_to_go[:, t, 0] = torch.as_tensor(to_go)
-        # Only episodes that go on are predicted, which saves time.
+        # Actions are predicted only for episodes that go on, which saves time.
         context = slice(max(0, t - args.context_length + 1), t + 1)
         with autocast(args):
             predicted = model(
@@ -753,9 +754,10 @@ def make_model(args, backbone, data, max_timestep):
     # (dt_no_context.py) all but one block.
     model.transformer.load_state_dict(backbone.weights, strict=False)
     if args.head_std is not None:
-        # nn.Linear draws this weight for its act_dim inputs, its deviation is 1 / sqrt(3 act_dim).
-        # As the action head it has `width` inputs, of variance 1 if ln_f's weights are 1: then, on
-        # Hopper, the tanh sees a deviation of sqrt(768) / 3 = 9: most actions start saturated.
+        # nn.Linear draws this weight for act_dim inputs, with a deviation of 1 / sqrt(3 act_dim),
+        # 1 / 3 on Hopper. As the action head it has `width` inputs, of variance 1 if ln_f's weights
+        # are 1. At a width of 768 the tanh then sees a deviation of sqrt(768) / 3 = 9, and most
+        # actions start saturated.
         nn.init.normal_(model.embed_action.weight, std=args.head_std)
     return model.to(args.device)
 
@@ -763,7 +765,7 @@ def make_model(args, backbone, data, max_timestep):
 def train(args, folder, backbone):
     """Fine-tune `backbone` as `args` say, or go on where the run in `folder` stopped.
 
-    Leaves checkpoints, TensorBoard events and log.csv in `folder`: a row for each 25th part of an
+    Leaves checkpoints, TensorBoard events and log.csv in `folder`: about 25 rows for each
     epoch (the means of METRICS), and one for each episode of an evaluation (return, length, score).
     """
     env = make_env(args, args.num_eval_episodes)
@@ -859,7 +861,7 @@ def train(args, folder, backbone):
                 values = torch.stack(metrics).mean(dim=0).tolist()
                 means = dict(zip(METRICS, values, strict=True))
                 metrics = []
-                if not math.isfinite(means["grad_norm"]):  # nor is it where the loss is not
+                if not math.isfinite(means["grad_norm"]):  # nor is it if the loss is not
                     sys.exit(
                         f"The gradient is not finite at step {step}: look for NaN in the data, or "
                         f"go on with --run-name {args.run_name} and a lower --learning-rate."
@@ -934,7 +936,7 @@ def choose_windows(run_args, analysis, seed):
     """Whole windows at random from the data of a run: Windows for CKA, and Windows for MINE.
 
     The latter are `mine_windows` to train on, from even episodes, and then as many held-out ones,
-    from odd episodes: windows of one episode overlap.
+    from odd episodes, since windows of one episode overlap.
     """
     data = OfflineData(load_episodes(run_args, make_env(run_args, 1)), run_args)
     ends = data.episode_ends.cpu().numpy()
@@ -1041,7 +1043,7 @@ class StatisticsNetworks(nn.Module):
 
     There is one for each time step and one for the shuffled control; a batched product computes a
     layer of all at once. Each is features -> 400 -> 400 -> 400 -> 1 with ReLU, as in the released
-    code; the text of the paper has a layer less. [../mine-pytorch/util_mi_calculation.py#L25]
+    code; the text of the paper has one layer fewer. [../mine-pytorch/util_mi_calculation.py#L25]
     All start from the same weights, drawn as nn.Linear does, and share nothing afterwards.
     """
 
@@ -1086,9 +1088,9 @@ def mine(x, y, analysis, seed):
     for _ in range(analysis.mine_passes):
         for batch in torch.randperm(num_windows).split(analysis.mine_batch_size):
             joint, marginal = statistics(batch, batch[torch.randperm(len(batch))])
-            # What is to grow is E_joint[f] - log E[exp f], the estimate at the end. The gradient of
-            # the log is E[exp f]' / E[exp f], less biased in small batches if the denominator is a
-            # moving average (section 3.2 of Belghazi et al.).
+            # The bound E_joint[f] - log E_marginal[exp f] is to grow. The gradient of its log is
+            # that of E_marginal[exp f], divided by E_marginal[exp f]; in small batches it is less
+            # biased if this denominator is a moving average (section 3.2 of Belghazi et al.).
             mean_exp = marginal.exp().mean(dim=1)
             if average is None:
                 average = mean_exp.detach()
@@ -1106,7 +1108,7 @@ def mine(x, y, analysis, seed):
         windows = offset + torch.arange(num_windows)
         with torch.no_grad():
             joint, marginal = statistics(windows, offset + torch.randperm(num_windows))
-        # The Donsker-Varadhan bound E_joint[f] - log E_marginal[exp f].
+        # The same bound (Donsker and Varadhan), over all windows.
         log_mean_exp = torch.logsumexp(marginal, dim=1) - math.log(num_windows)
         estimates.append((joint.mean(dim=1) - log_mean_exp).cpu().numpy())
     return estimates
@@ -1185,7 +1187,7 @@ def answer(questions, steps, analysis, seed):
         shuffled = torch.cat([training.roll(1, dims=1), held_out.roll(1, dims=1)], dim=1)
         times = [step - steps[-1] for step in steps[: len(x)]]  # t - K
         table = pd.DataFrame({**columns, "step": [*times, times[-1]]})
-        table["shuffled"] = [*[False] * len(times), True]
+        table["shuffled"] = table.index == len(times)
         x = torch.cat([x, shuffled])
         y = torch.cat([y, y[-1:]])
         table["held_out"], table["training"] = mine(x, y, analysis, seed)
@@ -1196,6 +1198,9 @@ def answer(questions, steps, analysis, seed):
 # ==================================================================================================
 # Figures
 # ==================================================================================================
+sns.set_palette("colorblind")
+
+
 def plot_cka(cka, analysis, title):
     """CKA of every layer before and after fine-tuning, over its depth (Figs. 1, 23 to 27).
 
@@ -1213,7 +1218,6 @@ def plot_cka(cka, analysis, title):
         markers={"LayerNorm": "D", "other": "o"},
         markersize=5,
         dashes=False,
-        palette="colorblind",
         height=4,
     )
     grid.refline(y=analysis.cka_threshold, color="black", linestyle=":")
@@ -1263,7 +1267,6 @@ def plot_information(information, part, x, analysis, title, **panels):
         err_style="bars",
         markers={"return": "o", "state": "s", "action": "^", "shuffled": "X"},
         dashes=False,
-        palette="colorblind",
         height=3.5,
         facet_kws={"sharey": "row"},
         **panels,
@@ -1283,7 +1286,8 @@ def read_logs(folders):
     """The log.csv of several runs, one below the other.
 
     Runs keep the order of `folders`. A run is called by its folder less "runs/"; figures call it by
-    its `label`, which is unique: the backbone, and what else is not the same for all.
+    its `label`: the backbone, those of the settings below that differ, and the run's name if that
+    is not enough.
     """
     logs = []
     for folder in folders:
@@ -1351,7 +1355,7 @@ def complete_arguments(args, subject):
     if args.run_name is None:
         script = Path(__file__).stem
         args.run_name = f"{args.env}__{script}__{subject}__{args.seed}__{time.time_ns()}"
-    message = f"Interrupted; the same command with --run-name {args.run_name} goes on."
+    message = f"Interrupted; the same command with --run-name {args.run_name} goes on training."
     signal.signal(signal.SIGINT, lambda *_: sys.exit(message if RANK == 0 else 1))
     return Path("runs") / args.run_name
 
@@ -1430,7 +1434,7 @@ if __name__ == "__main__":
     title = describe(log)
     # The same windows for all models, and some of their steps: evenly spaced, always with the last.
     _, run_args = load_model(folders[0] / "latest.pt", args.device)
-    cka_windows, mine_windows = choose_windows(run_args, analysis, args.seed)
+    for_cka, for_mine = choose_windows(run_args, analysis, args.seed)
     K = run_args.context_length
     steps = sorted({round(step) for step in np.linspace(K - 1, 0, analysis.mine_steps)})
 
@@ -1440,8 +1444,8 @@ if __name__ == "__main__":
     for run_folder, run, label in zip(folders, log.run.unique(), log.label.unique()):
         model_before, _ = load_model(run_folder / "epoch_0.pt", args.device)
         models[label], _ = load_model(run_folder / "latest.pt", args.device)
-        before = gram_matrices(model_before, cka_windows)
-        after = gram_matrices(models[label], cka_windows)
+        before = gram_matrices(model_before, for_cka)
+        after = gram_matrices(models[label], for_cka)
         tables.append(cka_table(before, after).assign(run=run, label=label))
         grams[f"{label}, before"] = before
         grams[f"{label}, after"] = after
@@ -1461,10 +1465,10 @@ if __name__ == "__main__":
     print(groups.agg({"cka": "mean", "above": "sum"}).unstack("kind").round(3).to_string())
 
     if analysis.mine_windows > 0:
-        questions = questions_about_data(mine_windows, steps)
+        questions = questions_about_data(for_mine, steps)
         tables = [answer(questions, steps, analysis, args.seed).assign(run="data", label="data")]
         for run, (label, model) in zip(log.run.unique(), models.items()):
-            questions = questions_about_model(model, mine_windows, steps)
+            questions = questions_about_model(model, for_mine, steps)
             table = answer(questions, steps, analysis, args.seed)
             tables.append(table.assign(run=run, label=label))
         information = pd.concat(tables, ignore_index=True)

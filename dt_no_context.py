@@ -22,7 +22,7 @@ import json
 import math
 import os
 
-os.environ["MPLBACKEND"] = "agg"  # Jupyter and Colab set one that only their kernels have
+os.environ["MPLBACKEND"] = "agg"  # to draw to files; Jupyter and Colab set one of their own
 import signal
 import sys
 import textwrap
@@ -516,7 +516,7 @@ def read_minari(dataset, env_id):
     recorded_in = spec.get("id", env_id)
     if recorded_in.split("-v")[0] != env_id.split("-v")[0]:
         sys.exit(f"{folder} was recorded in {recorded_in}, not in {env_id}.")
-    if recorded_in != env_id:  # Hopper and HalfCheetah behave alike in -v4 and -v5, Walker2d not
+    if recorded_in != env_id:  # Walker2d's physics differs between -v4 and -v5
         print(f"The data were recorded in {recorded_in}, the model is evaluated in {env_id}.")
     # Minari also keeps the observation after the last action.
     return [
@@ -661,10 +661,10 @@ def evaluate(model, env, args):
     for t in tqdm(range(horizon), desc="evaluation", unit="step", leave=False):
         observations = torch.as_tensor(np.float32(observations), device=args.device)
         states[:, t] = (observations - model.state_mean) / model.state_std
-        # The return that is still to come.
+        # What is left of the return that was asked for.
         to_go = (args.target_return - episode_returns) / args.return_scale
         returns_to_go[:, t, 0] = torch.as_tensor(to_go)
-        # Only episodes that go on are predicted, which saves time.
+        # Actions are predicted only for episodes that go on, which saves time.
         context = slice(max(0, t - args.context_length + 1), t + 1)
         with autocast(args):
             predicted = model(
@@ -741,9 +741,10 @@ def make_model(args, backbone, data, max_timestep):
     # (dt_no_context.py) all but one block.
     model.transformer.load_state_dict(backbone.weights, strict=False)
     if args.head_std is not None:
-        # nn.Linear draws this weight for its act_dim inputs, its deviation is 1 / sqrt(3 act_dim).
-        # As the action head it has `width` inputs, of variance 1 if ln_f's weights are 1: then, on
-        # Hopper, the tanh sees a deviation of sqrt(768) / 3 = 9: most actions start saturated.
+        # nn.Linear draws this weight for act_dim inputs, with a deviation of 1 / sqrt(3 act_dim),
+        # 1 / 3 on Hopper. As the action head it has `width` inputs, of variance 1 if ln_f's weights
+        # are 1. At a width of 768 the tanh then sees a deviation of sqrt(768) / 3 = 9, and most
+        # actions start saturated.
         nn.init.normal_(model.embed_action.weight, std=args.head_std)
     return model.to(args.device)
 
@@ -751,7 +752,7 @@ def make_model(args, backbone, data, max_timestep):
 def train(args, folder, backbone):
     """Fine-tune `backbone` as `args` say, or go on where the run in `folder` stopped.
 
-    Leaves checkpoints, TensorBoard events and log.csv in `folder`: a row for each 25th part of an
+    Leaves checkpoints, TensorBoard events and log.csv in `folder`: about 25 rows for each
     epoch (the means of METRICS), and one for each episode of an evaluation (return, length, score).
     """
     env = make_env(args, args.num_eval_episodes)
@@ -847,7 +848,7 @@ def train(args, folder, backbone):
                 values = torch.stack(metrics).mean(dim=0).tolist()
                 means = dict(zip(METRICS, values, strict=True))
                 metrics = []
-                if not math.isfinite(means["grad_norm"]):  # nor is it where the loss is not
+                if not math.isfinite(means["grad_norm"]):  # nor is it if the loss is not
                     sys.exit(
                         f"The gradient is not finite at step {step}: look for NaN in the data, or "
                         f"go on with --run-name {args.run_name} and a lower --learning-rate."
@@ -1103,7 +1104,8 @@ def read_logs(folders):
     """The log.csv of several runs, one below the other.
 
     Runs keep the order of `folders`. A run is called by its folder less "runs/"; figures call it by
-    its `label`, which is unique: the backbone, and what else is not the same for all.
+    its `label`: the backbone, those of the settings below that differ, and the run's name if that
+    is not enough.
     """
     logs = []
     for folder in folders:
@@ -1171,7 +1173,7 @@ def complete_arguments(args, subject):
     if args.run_name is None:
         script = Path(__file__).stem
         args.run_name = f"{args.env}__{script}__{subject}__{args.seed}__{time.time_ns()}"
-    message = f"Interrupted; the same command with --run-name {args.run_name} goes on."
+    message = f"Interrupted; the same command with --run-name {args.run_name} goes on training."
     signal.signal(signal.SIGINT, lambda *_: sys.exit(message if RANK == 0 else 1))
     return Path("runs") / args.run_name
 
@@ -1236,7 +1238,7 @@ if __name__ == "__main__":
         if not analysis.replace_blocks:
             train(args, folder, backbone)
             folders.append(folder)
-        for number in analysis.replace_blocks:
+        for number in dict.fromkeys(analysis.replace_blocks):  # each once
             folders.append(folder / f"block_{number}")
             # With a name that begins with "random", so that train takes AdamW's epsilon of random
             # models, as the released code does here. [experiment.py#L354]
@@ -1248,7 +1250,7 @@ if __name__ == "__main__":
     folder.mkdir(parents=True, exist_ok=True)
     log = read_logs(folders)
     title = describe(log)
-    figures = {"learning_curves": plot_learning_curves(log, title)}
+    save_figure(plot_learning_curves(log, title), folder / "learning_curves.png")
     if analysis.attention_windows > 0:
         tables = []
         for run_folder, run, label in zip(folders, log.run.unique(), log.label.unique()):
@@ -1257,15 +1259,13 @@ if __name__ == "__main__":
         attention = pd.concat(tables, ignore_index=True)
         attention.to_csv(folder / "attention.csv", index=False)
         title += f"\nattention in {analysis.attention_windows} windows of K = {ATTENTION_CONTEXT}"
-        figures["attention_heads"] = plot_attention_heads(attention, title)
+        save_figure(plot_attention_heads(attention, title), folder / "attention_heads.png")
         if not distance_gaps(attention).empty:  # two epochs or more were kept
-            figures["attention_gaps"] = plot_attention_gaps(attention, title)
+            save_figure(plot_attention_gaps(attention, title), folder / "attention_gaps.png")
         distances = attention.pivot_table(
             values="distance", index=["label", "epoch"], columns="block", sort=False
         )
         print(f"attention distance in tokens\n{distances.round(2).to_string(na_rep='-')}\n")
-    for name, figure in figures.items():
-        save_figure(figure, folder / f"{name}.png")
 
     # The last epoch of each run, and the run's best score.
     columns = ["score", "return", "loss", "saturated_fraction"]

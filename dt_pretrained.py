@@ -23,7 +23,7 @@ import json
 import math
 import os
 
-os.environ["MPLBACKEND"] = "agg"  # draws to files; Jupyter and Colab set one of their kernels'
+os.environ["MPLBACKEND"] = "agg"  # to draw to files; Jupyter and Colab set one of their own
 import signal
 import sys
 import time
@@ -495,7 +495,7 @@ def read_minari(dataset, env_id):
     recorded_in = spec.get("id", env_id)
     if recorded_in.split("-v")[0] != env_id.split("-v")[0]:
         sys.exit(f"{folder} was recorded in {recorded_in}, not in {env_id}.")
-    if recorded_in != env_id:  # Hopper and HalfCheetah behave alike in -v4 and -v5, Walker2d not
+    if recorded_in != env_id:  # Walker2d's physics differs between -v4 and -v5
         print(f"The data were recorded in {recorded_in}, the model is evaluated in {env_id}.")
     # Minari also keeps the observation after the last action.
     return [
@@ -640,10 +640,10 @@ def evaluate(model, env, args):
     for t in tqdm(range(horizon), desc="evaluation", unit="step", leave=False):
         observations = torch.as_tensor(np.float32(observations), device=args.device)
         states[:, t] = (observations - model.state_mean) / model.state_std
-        # The return that is still to come.
+        # What is left of the return that was asked for.
         to_go = (args.target_return - episode_returns) / args.return_scale
         returns_to_go[:, t, 0] = torch.as_tensor(to_go)
-        # Only episodes that go on are predicted, which saves time.
+        # Actions are predicted only for episodes that go on, which saves time.
         context = slice(max(0, t - args.context_length + 1), t + 1)
         with autocast(args):
             predicted = model(
@@ -720,9 +720,10 @@ def make_model(args, backbone, data, max_timestep):
     # (dt_no_context.py) all but one block.
     model.transformer.load_state_dict(backbone.weights, strict=False)
     if args.head_std is not None:
-        # nn.Linear draws this weight for its act_dim inputs, its deviation is 1 / sqrt(3 act_dim).
-        # As the action head it has `width` inputs, of variance 1 if ln_f's weights are 1: then, on
-        # Hopper, the tanh sees a deviation of sqrt(768) / 3 = 9: most actions start saturated.
+        # nn.Linear draws this weight for act_dim inputs, with a deviation of 1 / sqrt(3 act_dim),
+        # 1 / 3 on Hopper. As the action head it has `width` inputs, of variance 1 if ln_f's weights
+        # are 1. At a width of 768 the tanh then sees a deviation of sqrt(768) / 3 = 9, and most
+        # actions start saturated.
         nn.init.normal_(model.embed_action.weight, std=args.head_std)
     return model.to(args.device)
 
@@ -730,7 +731,7 @@ def make_model(args, backbone, data, max_timestep):
 def train(args, folder, backbone):
     """Fine-tune `backbone` as `args` say, or go on where the run in `folder` stopped.
 
-    Leaves checkpoints, TensorBoard events and log.csv in `folder`: a row for each 25th part of an
+    Leaves checkpoints, TensorBoard events and log.csv in `folder`: about 25 rows for each
     epoch (the means of METRICS), and one for each episode of an evaluation (return, length, score).
     """
     env = make_env(args, args.num_eval_episodes)
@@ -826,7 +827,7 @@ def train(args, folder, backbone):
                 values = torch.stack(metrics).mean(dim=0).tolist()
                 means = dict(zip(METRICS, values, strict=True))
                 metrics = []
-                if not math.isfinite(means["grad_norm"]):  # nor is it where the loss is not
+                if not math.isfinite(means["grad_norm"]):  # nor is it if the loss is not
                     sys.exit(
                         f"The gradient is not finite at step {step}: look for NaN in the data, or "
                         f"go on with --run-name {args.run_name} and a lower --learning-rate."
@@ -970,7 +971,7 @@ def complete_arguments(args, subject):
     if args.run_name is None:
         script = Path(__file__).stem
         args.run_name = f"{args.env}__{script}__{subject}__{args.seed}__{time.time_ns()}"
-    message = f"Interrupted; the same command with --run-name {args.run_name} goes on."
+    message = f"Interrupted; the same command with --run-name {args.run_name} goes on training."
     signal.signal(signal.SIGINT, lambda *_: sys.exit(message if RANK == 0 else 1))
     return Path("runs") / args.run_name
 
