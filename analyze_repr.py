@@ -153,7 +153,7 @@ SAMPLE = Args(
 @dataclass
 class Analysis:
     backbones: tuple[str, ...] = ("random", "gpt2", "igpt")
-    """starting points to train and compare, by the names that --backbone takes elsewhere"""
+    """starting points to train and compare, by the names of --backbone, which is not taken here"""
     runs: tuple[Path, ...] = ()
     """finished runs of any script to analyze instead of training, alike in env, dataset, K and
     return_scale, with epoch 0 kept; the arguments of training are theirs then, all but --seed and
