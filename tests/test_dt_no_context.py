@@ -404,7 +404,8 @@ def test_replaced_blocks(run_script, tmp_path, monkeypatch):
     assert run_script(SCRIPT, *command, "--replace-blocks", "2").status == 0
     study = tmp_path / "runs" / "study"
     before = (study / "block_2" / "latest.pt").stat().st_mtime_ns
-    assert run_script(SCRIPT, *command, "--replace-blocks", "2", "0").status == 0
+    result = run_script(SCRIPT, *command, "--replace-blocks", "2", "0", "2")
+    assert result.status == 0 and result.out.count("block_2 goes on") == 1
     assert (study / "block_2" / "latest.pt").stat().st_mtime_ns == before
     for block in (0, 2):
         checkpoint = dt.read_checkpoint(study / f"block_{block}" / "latest.pt", "cpu")
