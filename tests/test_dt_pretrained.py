@@ -406,7 +406,7 @@ dt.capture_video(checkpoint, "far.gif", dt.replace(args, env=env_id))
 
 @pytest.mark.parametrize("env_id", ["Hopper-v4", "HalfCheetah-v5", "Walker2d-v5"])
 def test_the_camera_follows(env_id, run, tmp_path):
-    """Twenty metres further on the robot is still in the picture: it is orange, floor and sky are not."""
+    """Twenty metres further on the robot is still in the picture, the only thing redder than green."""
     result = shared_launcher().run(tmp_path, WALK_AWAY, run.folder / "best.pt", env_id)
     if "--capture-video cannot render" in result.err:
         pytest.skip(result.err)
@@ -415,7 +415,7 @@ def test_the_camera_follows(env_id, run, tmp_path):
     duration = 50 if "HalfCheetah" in env_id else 40
     assert imageio.immeta(tmp_path / "far.gif")["duration"] == duration
     last = imageio.imread(tmp_path / "far.gif")[-1].astype(int)
-    assert (last[..., 0] > last[..., 2] + 50).sum() > 20  # none where the camera stays behind
+    assert (last[..., 0] > last[..., 1] + 10).sum() > 500  # none where the camera stays behind
 
 
 # --------------------------------------------------------------------------------------------------
