@@ -10,9 +10,11 @@ Data of the size of D4RL's, for --dataset local/hopper/medium-v0 with MINARI_DAT
 
     python tests/tools/build_assets.py --what data --min-steps 200000 --output my-data
 
-A Markov backbone of GPT-2 small's size, for --backbone my-markov (wants a GPU):
+A Markov backbone of GPT-2 small's size, for --backbone my-markov (wants a GPU), and a language model of a middle
+size:
 
     python tests/tools/build_assets.py --what markov --n-layer 12 --n-head 12 --n-embd 768 --steps 80000 --output my-markov
+    python tests/tools/build_assets.py --what text --n-layer 6 --n-head 6 --n-embd 384 --steps 20000 --output my-text
 
 The models are pre-trained with transformers' own classes and losses, so that nothing in this file can share a
 mistake with the scripts. Every command prints what it reached; tests/assets/README.md quotes those lines.
@@ -55,7 +57,7 @@ class Args:
     """seed of the pre-training"""
 
     n_layer: int = 4
-    """blocks of a Markov backbone"""
+    """blocks of a backbone of text or of Markov chains"""
     n_head: int = 4
     """its heads"""
     n_embd: int = 128
@@ -63,7 +65,7 @@ class Args:
     temperature: float = 1.0
     """of its chain: the lower, the more there is to predict"""
     output: Path | None = None
-    """folder of other data or of another Markov backbone; by default the bundled ones are made"""
+    """folder of other data or of another backbone; by default the bundled ones are made"""
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -181,12 +183,12 @@ def read_text():
     return documents
 
 
-def build_text(train_steps, seed):
+def build_text(args, folder):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
     documents = read_text()
-    np.random.default_rng(seed).shuffle(documents)
+    np.random.default_rng(args.seed).shuffle(documents)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -204,10 +206,10 @@ def build_text(train_steps, seed):
         f"text: {sum(map(len, documents)) / 1e6:.1f} M characters, {len(train) / 1e6:.2f} M training tokens"
     )
 
-    torch.manual_seed(seed)
+    torch.manual_seed(args.seed)
     config = GPT2Config(
-        vocab_size=2048, n_positions=256, n_embd=128, n_layer=4, n_head=4, bos_token_id=0, eos_token_id=0,
-        embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
+        vocab_size=2048, n_positions=256, n_embd=args.n_embd, n_layer=args.n_layer, n_head=args.n_head,
+        bos_token_id=0, eos_token_id=0, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
     )  # fmt: skip
     model = GPT2LMHeadModel(config)
     length = 128
@@ -216,16 +218,16 @@ def build_text(train_steps, seed):
         starts = torch.randint(len(tokens) - length, (size, 1))
         return tokens[starts + torch.arange(length)]
 
-    pretrain(model, lambda: batch(train, 32), train_steps)
+    pretrain(model, lambda: batch(train, 32), args.steps)
     windows = test[: len(test) // length * length].view(-1, length)
     loss = evaluate(model, windows, causal_loss)
     counts = torch.bincount(test, minlength=2048).double()
-    save(model, ASSETS / "text-gpt2")
+    save(model, folder)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=end, eos_token=end
-    ).save_pretrained(ASSETS / "text-gpt2")
+    ).save_pretrained(folder)
     print(
-        f"text-gpt2: held out {loss / math.log(2):.3f} bits a token, unigram entropy {entropy(counts):.3f}"
+        f"{folder.name}: held out {loss / math.log(2):.3f} bits a token, unigram entropy {entropy(counts):.3f}"
     )
 
 
@@ -397,7 +399,7 @@ if __name__ == "__main__":
             seed = first_seed + i * 100_000
             build_data(env_name, seed, args.min_steps, root, namespace)
     if "text" in args.what:
-        build_text(args.steps, args.seed)
+        build_text(args, args.output or ASSETS / "text-gpt2")
     if "images" in args.what:
         build_images(args.steps, args.seed)
     if "markov" in args.what and args.output:
