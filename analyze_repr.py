@@ -120,7 +120,8 @@ class Args:
     )
     """of matrix products; weights are always float32"""
     compile: bool = torch.cuda.is_available()
-    """torch.compile the model, for a GPU"""
+    """torch.compile the model, for a GPU; where there is one, --device cpu wants --no-compile and
+    --precision fp32"""
     save_epochs: tuple[NonNegativeInt, ...] = (0, 1, 4)
     """epochs whose model is kept, 0 being before training; the last is always kept"""
     capture_video: bool = False
@@ -800,6 +801,7 @@ def train(args, folder, backbone):
     # The same model, with the same parameters, compiled for a GPU and shared by processes.
     training_model = model
     if args.compile:
+        torch.compiler.reset()  # after eight models torch would stop compiling (dt_no_context.py)
         training_model = torch.compile(training_model, mode="reduce-overhead")  # CUDA graphs
     if WORLD_SIZE > 1:
         # Gradients are averaged. As each process divides its loss by its own number of valid steps,
@@ -1368,8 +1370,8 @@ def check_arguments(args, earlier, folder):
     for name, value in asdict(earlier).items():
         if name not in may_differ and value != getattr(args, name):
             sys.exit(
-                f"{folder} was started with {name} = {value}, not {getattr(args, name)}: choose "
-                "another --run-name, or the arguments that it was started with."
+                f"{folder} has {name} = {value}, not {getattr(args, name)}: choose another "
+                "--run-name, or the arguments that it has."
             )
 
 

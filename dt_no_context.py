@@ -121,7 +121,8 @@ class Args:
     )
     """of matrix products; weights are always float32"""
     compile: bool = torch.cuda.is_available()
-    """torch.compile the model, for a GPU"""
+    """torch.compile the model, for a GPU; where there is one, --device cpu wants --no-compile and
+    --precision fp32"""
     save_epochs: tuple[NonNegativeInt, ...] = (0, 1, 4)
     """epochs whose model is kept, 0 being before training; the last is always kept"""
     capture_video: bool = False
@@ -157,7 +158,7 @@ class Analysis:
     """blocks of --backbone to put into a random model, one run each; without it --backbone is
     trained as it is"""
     runs: tuple[Path, ...] = ()
-    """folders of finished runs of any script, to look at instead of training"""
+    """folders of finished runs of any script, to look at instead of training anything"""
     attention_windows: NonNegativeInt = 100
     """windows of 20 steps on which attention is measured, in every epoch whose model was kept
     (--save-epochs); 0 leaves it out"""
@@ -787,6 +788,7 @@ def train(args, folder, backbone):
     # The same model, with the same parameters, compiled for a GPU and shared by processes.
     training_model = model
     if args.compile:
+        torch.compiler.reset()  # after eight models torch would stop compiling (dt_no_context.py)
         training_model = torch.compile(training_model, mode="reduce-overhead")  # CUDA graphs
     if WORLD_SIZE > 1:
         # Gradients are averaged. As each process divides its loss by its own number of valid steps,
@@ -946,8 +948,9 @@ def attention_weights(layer, x):
 def attention_statistics(weights):
     """Attention distance and weight on the own token, from attention weights [..., queries, keys].
 
-    Both [...] are means over the queries. The distance of query i is sum_j weights(i, j) |i - j| in
-    tokens (Dosovitskiy et al. 2020); the released code divides it by the number of tokens again.
+    Both are means over the queries, of shape [...]. The distance of query i is sum_j weights(i, j)
+    |i - j| in tokens (Dosovitskiy et al. 2020); the released code divides it by the number of
+    tokens again.
     [analysis/section-56-dependence-on-context/compute_attention_distance.py#L117]
     A high weight on the own token marks heads that look there whatever the input, which "Unveiling
     Markov Heads" (ICML 2025) finds in GPT-2.
@@ -1186,8 +1189,8 @@ def check_arguments(args, earlier, folder):
     for name, value in asdict(earlier).items():
         if name not in may_differ and value != getattr(args, name):
             sys.exit(
-                f"{folder} was started with {name} = {value}, not {getattr(args, name)}: choose "
-                "another --run-name, or the arguments that it was started with."
+                f"{folder} has {name} = {value}, not {getattr(args, name)}: choose another "
+                "--run-name, or the arguments that it has."
             )
 
 

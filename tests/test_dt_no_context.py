@@ -424,3 +424,16 @@ def test_replaced_blocks(run_script, tmp_path, monkeypatch):
     second = [*SIZE, "--num-epochs", "1", "--backbone", "random", "--run-name", "second"]
     assert run_script(SCRIPT, *second).status == 0
     assert not (tmp_path / "runs" / "second").exists()
+
+
+def test_many_models_in_one_process_are_all_compiled(tmp_path, monkeypatch):
+    """torch compiles one function eight times (here once), then leaves it to Python, with a warning."""
+    compile_model = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, mode: compile_model(model, backend="eager"))
+    args = sample_args(dt, backbone="random", compile=True)
+    args = dt.replace(args, num_epochs=1, steps_per_epoch=2, num_eval_episodes=1)
+    pretrained = dt.load_backbone(dt.replace(args, backbone="gpt2"))
+    limit = {"recompile_limit": 1, "fail_on_recompile_limit_hit": True}
+    with torch._dynamo.config.patch(limit):
+        for block in (0, 1):
+            dt.train(args, tmp_path / str(block), dt.mixed_backbone(args, pretrained, block))

@@ -269,9 +269,7 @@ def test_other_arguments_are_refused_by_name(run):
     """But for a lower learning rate, which may go on after a training that diverged."""
     earlier = run.args
     for name, value in (("seed", 3), ("learning_rate", 2e-3), ("return_scale", 1.0)):
-        with pytest.raises(
-            SystemExit, match=f"a was started with {name} = {getattr(earlier, name)},"
-        ):
+        with pytest.raises(SystemExit, match=f"a has {name} = {getattr(earlier, name)},"):
             dt.check_arguments(dt.replace(run.args, **{name: value}), earlier, "runs/a")
     dt.check_arguments(dt.replace(run.args, learning_rate=1e-5), earlier, "runs/a")
 

@@ -4,8 +4,8 @@
     python tests/tools/results_table.py runs/* --readme README.md   # and put between its marks
     python tests/tools/results_table.py runs/ONE runs/ANOTHER --figure runs.png --title "..."
 
-A folder counts for what is in it: log.csv makes it a run, attention.csv, windows.csv, cka.csv or
-information.csv an analysis. In the file that --readme names, `<!-- table: NAME -->` and `<!-- end -->`
+A folder counts for what is in it: log.csv makes it a run (at least one is needed), attention.csv,
+windows.csv, cka.csv or information.csv an analysis. In the file that --readme names, `<!-- table: NAME -->` and `<!-- end -->`
 enclose a table: scores, losses, attention, gradients, cka, information.
 """
 
@@ -76,7 +76,7 @@ def read_logs(folders, paper_scale=False):
             log = pd.read_csv(folder / "log.csv")
             logs.append(log.assign(run=str(folder).split("runs/")[-1]))
     log = pd.concat(logs, ignore_index=True)
-    log["backbone"] = [Path(name).name for name in log.backbone]
+    log["backbone"] = log.backbone.str.replace(r"\S*/", "", regex=True)  # of folders and hub ids
     if paper_scale:
         low, high = PAPER_HOPPER
         hopper = log.env.str.startswith("Hopper-")
