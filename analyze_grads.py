@@ -947,8 +947,8 @@ def gradient_statistics(model, windows):
     squared_norms = inner_products.diagonal() + gradients.square().sum(dim=1).cpu()
 
     norms_in_blocks = inner_products.diagonal().sqrt()
-    # Where all predicted actions are exactly -1 or 1 there is no gradient: cosines are 0.
-    cosines = inner_products / torch.outer(norms_in_blocks, norms_in_blocks).clamp(min=1e-30)
+    # Where all predicted actions are exactly -1 or 1 there is no gradient: cosines are nan.
+    cosines = inner_products / torch.outer(norms_in_blocks, norms_in_blocks)
     return squared_norms.sqrt(), norms_in_blocks, cosines
 
 
@@ -1091,8 +1091,9 @@ def plot_shares(sets, title):
 def plot_sets(sets, columns, title):
     """Heat maps of parameter sets (down) and blocks (across); `columns` is {name: what it is}.
 
-    Each of these makes a row of heat maps, one per model, on one color scale. Sets are in the
-    order of the network; each heat map has labels of its own, as ImageGPT's blocks have fewer sets.
+    Each of these makes a row of heat maps, one per model, on one color scale. Sets are in the order
+    of the network, those that block 0 lacks at the end; each heat map has labels of its own, as
+    ImageGPT's blocks have fewer sets.
     """
     labels = sets.label.unique()
     figure = Figure(figsize=(5 * len(labels), 3.2 * len(columns) + 0.8), layout="constrained")
@@ -1109,7 +1110,8 @@ def plot_sets(sets, columns, title):
             cells = cells.loc[of_model["set"].unique()]  # pivot has sorted them by name
             image = axes.imshow(cells, norm=scale, aspect="auto")
             axes.set_yticks(range(len(cells)), cells.index)
-            axes.set(title=label, xticks=cells.columns, xlabel="block", facecolor="lightgrey")
+            axes.set(xticks=cells.columns, xlabel="block", facecolor="lightgrey")
+            axes.set_title(textwrap.fill(label, 40))
         figure.colorbar(image, ax=row, label=description)
     figure.suptitle(title)
     return figure
@@ -1148,17 +1150,19 @@ def read_logs(folders):
     """The log.csv of several runs, one below the other.
 
     Runs keep the order of `folders`. A run is called by its folder less "runs/"; figures call it by
-    its `label`: the backbone, those of the settings below that differ, and the run's name if that
-    is not enough.
+    its `label`: the backbone, those of the settings below that differ (`epochs`: trained so far),
+    and the run's name if that is not enough.
     """
     logs = []
     for folder in folders:
         with exit_on_error(f"{folder} is no folder of a run"):
             log = pd.read_csv(folder / "log.csv")
-        logs.append(log.assign(run=str(folder).removeprefix("runs/")))
+        name = str(folder).removeprefix("runs/")
+        logs.append(log.assign(run=name, epochs=log.epoch.max()))
     log = pd.concat(logs, ignore_index=True)
     log["label"] = log.backbone
-    for name in ("env", "dataset", "K", "return_scale", "head_std", "max_grad_norm", "seed"):
+    keys = ("env", "dataset", "K", "return_scale", "head_std", "max_grad_norm", "seed", "epochs")
+    for name in keys:
         values = log[name].map(str).replace("nan", "default")  # a head_std that was not given
         if values.nunique() > 1:
             log["label"] += f", {name} " + values
@@ -1217,7 +1221,7 @@ def complete_arguments(args, subject):
     if args.run_name is None:
         script = Path(__file__).stem
         args.run_name = f"{args.env}__{script}__{subject}__{args.seed}__{time.time_ns()}"
-    message = f"Interrupted; the same command with --run-name {args.run_name} goes on training."
+    message = f"Interrupted; training goes on by the same command with --run-name {args.run_name}."
     signal.signal(signal.SIGINT, lambda *_: sys.exit(message if RANK == 0 else 1))
     return Path("runs") / args.run_name
 
@@ -1291,7 +1295,8 @@ if __name__ == "__main__":
 
     log = read_logs(folders)
     of_models = []
-    for run_folder, run, label in zip(folders, log.run.unique(), log.label.unique()):
+    names = zip(folders, log.run.unique(), log.label.unique(), strict=True)
+    for run_folder, run, label in names:
         for epoch in dict.fromkeys(analysis.epochs):  # each once
             columns = {"run": run, "label": f"{label}, epoch {epoch}", "epoch": epoch}
             tables = analyze(run_folder, epoch, analysis, args)
@@ -1304,7 +1309,7 @@ if __name__ == "__main__":
 
     title = describe(log)
     batch_title = f"Clipped gradient of one batch of {analysis.norm_windows} windows\n{title}"
-    change_title = f"Change since epoch 0 (grey: zero or undefined)\n{title}"
+    change_title = f"Change since epoch 0 (grey: zero, undefined or absent)\n{title}"
     change = {
         "distance": "l2 distance",
         "relative_distance": "l2 distance / norm before",
@@ -1322,6 +1327,7 @@ if __name__ == "__main__":
 
     summary = windows.groupby("label", sort=False)[["norm", "clipped_block_norm"]].median()
     summary = summary.add_prefix("median_")
+    summary["without_gradient"] = (windows["norm"] == 0).groupby(windows.label).mean()
     summary["mean_cosine"] = pairs.groupby("label").cosine.mean()
     summary["lowest_cosine"] = pairs.groupby("label").cosine.min()
     weights = sets[sets["set"].str.endswith(".weight")]  # biases may start at zero

@@ -162,7 +162,7 @@ class Analysis:
     cka_windows: int = Field(100, ge=4)
     """windows on which activations are compared"""
     cka_threshold: FiniteFloat = 0.23
-    """layers with a CKA above this are counted; the paper has 0.23, and 0.38 in App. D.3"""
+    """the share of layers above this is printed; the paper has 0.23, and 0.38 in App. D.3"""
     mine_windows: NonNegativeInt = 5000
     """windows to train MINE on, and as many held-out ones; 0 leaves MINE out, the paper has 100"""
     mine_batch_size: PositiveInt = 500
@@ -1259,11 +1259,11 @@ def plot_information(information, part, x, analysis, title, **panels):
     }
     information = information[information.part == part]
     grid = sns.relplot(
-        information.assign(x_t=information.token.mask(information.shuffled, "shuffled")),
+        information.assign(token=information.token.mask(information.shuffled, "shuffled")),
         x=x,
         y=analysis.mine_estimate,
         hue="label",
-        style="x_t",
+        style="token",
         kind="line",
         errorbar="sd",
         err_style="bars",
@@ -1277,6 +1277,7 @@ def plot_information(information, part, x, analysis, title, **panels):
     grid.set_axis_labels(labels[x], "information, nats")
     estimate = analysis.mine_estimate.replace("_", "-")
     settings = f"MINE: {analysis.mine_windows} windows, {analysis.mine_passes} passes, {estimate}"
+    settings += "; bars: deviation"
     grid.figure.suptitle(f"{settings}\n{title}", y=1, va="bottom")
     return grid.figure
 
@@ -1288,17 +1289,19 @@ def read_logs(folders):
     """The log.csv of several runs, one below the other.
 
     Runs keep the order of `folders`. A run is called by its folder less "runs/"; figures call it by
-    its `label`: the backbone, those of the settings below that differ, and the run's name if that
-    is not enough.
+    its `label`: the backbone, those of the settings below that differ (`epochs`: trained so far),
+    and the run's name if that is not enough.
     """
     logs = []
     for folder in folders:
         with exit_on_error(f"{folder} is no folder of a run"):
             log = pd.read_csv(folder / "log.csv")
-        logs.append(log.assign(run=str(folder).removeprefix("runs/")))
+        name = str(folder).removeprefix("runs/")
+        logs.append(log.assign(run=name, epochs=log.epoch.max()))
     log = pd.concat(logs, ignore_index=True)
     log["label"] = log.backbone
-    for name in ("env", "dataset", "K", "return_scale", "head_std", "max_grad_norm", "seed"):
+    keys = ("env", "dataset", "K", "return_scale", "head_std", "max_grad_norm", "seed", "epochs")
+    for name in keys:
         values = log[name].map(str).replace("nan", "default")  # a head_std that was not given
         if values.nunique() > 1:
             log["label"] += f", {name} " + values
@@ -1357,7 +1360,7 @@ def complete_arguments(args, subject):
     if args.run_name is None:
         script = Path(__file__).stem
         args.run_name = f"{args.env}__{script}__{subject}__{args.seed}__{time.time_ns()}"
-    message = f"Interrupted; the same command with --run-name {args.run_name} goes on training."
+    message = f"Interrupted; training goes on by the same command with --run-name {args.run_name}."
     signal.signal(signal.SIGINT, lambda *_: sys.exit(message if RANK == 0 else 1))
     return Path("runs") / args.run_name
 
@@ -1443,7 +1446,8 @@ if __name__ == "__main__":
     models = {}  # after fine-tuning
     grams = {}
     tables = []
-    for run_folder, run, label in zip(folders, log.run.unique(), log.label.unique()):
+    names = zip(folders, log.run.unique(), log.label.unique(), strict=True)
+    for run_folder, run, label in names:
         model_before, _ = load_model(run_folder / "epoch_0.pt", args.device)
         models[label], _ = load_model(run_folder / "latest.pt", args.device)
         before = gram_matrices(model_before, for_cka)
@@ -1461,10 +1465,10 @@ if __name__ == "__main__":
     for token in TOKENS:
         figure = plot_heat_maps(grams, pairs, token, analysis, title)
         save_figure(figure, folder / f"cka_heat_maps_{token}.png")
-    print(f"CKA, mean over layers, and how many layers are above {analysis.cka_threshold}")
+    print(f"CKA, mean over layers, and the share of layers above {analysis.cka_threshold}")
     cka["above"] = cka.cka > analysis.cka_threshold
     groups = cka.groupby(["label", "token", "kind"], sort=False)
-    print(groups.agg({"cka": "mean", "above": "sum"}).unstack("kind").round(3).to_string())
+    print(groups.agg({"cka": "mean", "above": "mean"}).unstack("kind").round(3).to_string())
 
     if analysis.mine_windows > 0:
         questions = questions_about_data(for_mine, steps)

@@ -1107,17 +1107,19 @@ def read_logs(folders):
     """The log.csv of several runs, one below the other.
 
     Runs keep the order of `folders`. A run is called by its folder less "runs/"; figures call it by
-    its `label`: the backbone, those of the settings below that differ, and the run's name if that
-    is not enough.
+    its `label`: the backbone, those of the settings below that differ (`epochs`: trained so far),
+    and the run's name if that is not enough.
     """
     logs = []
     for folder in folders:
         with exit_on_error(f"{folder} is no folder of a run"):
             log = pd.read_csv(folder / "log.csv")
-        logs.append(log.assign(run=str(folder).removeprefix("runs/")))
+        name = str(folder).removeprefix("runs/")
+        logs.append(log.assign(run=name, epochs=log.epoch.max()))
     log = pd.concat(logs, ignore_index=True)
     log["label"] = log.backbone
-    for name in ("env", "dataset", "K", "return_scale", "head_std", "max_grad_norm", "seed"):
+    keys = ("env", "dataset", "K", "return_scale", "head_std", "max_grad_norm", "seed", "epochs")
+    for name in keys:
         values = log[name].map(str).replace("nan", "default")  # a head_std that was not given
         if values.nunique() > 1:
             log["label"] += f", {name} " + values
@@ -1176,7 +1178,7 @@ def complete_arguments(args, subject):
     if args.run_name is None:
         script = Path(__file__).stem
         args.run_name = f"{args.env}__{script}__{subject}__{args.seed}__{time.time_ns()}"
-    message = f"Interrupted; the same command with --run-name {args.run_name} goes on training."
+    message = f"Interrupted; training goes on by the same command with --run-name {args.run_name}."
     signal.signal(signal.SIGINT, lambda *_: sys.exit(message if RANK == 0 else 1))
     return Path("runs") / args.run_name
 
@@ -1256,7 +1258,8 @@ if __name__ == "__main__":
     save_figure(plot_learning_curves(log, title), folder / "learning_curves.png")
     if analysis.attention_windows > 0:
         tables = []
-        for run_folder, run, label in zip(folders, log.run.unique(), log.label.unique()):
+        names = zip(folders, log.run.unique(), log.label.unique(), strict=True)
+        for run_folder, run, label in names:
             table = measure_attention(run_folder, analysis, args)
             tables.append(table.assign(run=run, label=label))
         attention = pd.concat(tables, ignore_index=True)

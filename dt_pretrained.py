@@ -973,7 +973,7 @@ def complete_arguments(args, subject):
     if args.run_name is None:
         script = Path(__file__).stem
         args.run_name = f"{args.env}__{script}__{subject}__{args.seed}__{time.time_ns()}"
-    message = f"Interrupted; the same command with --run-name {args.run_name} goes on training."
+    message = f"Interrupted; training goes on by the same command with --run-name {args.run_name}."
     signal.signal(signal.SIGINT, lambda *_: sys.exit(message if RANK == 0 else 1))
     return Path("runs") / args.run_name
 

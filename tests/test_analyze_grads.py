@@ -1,5 +1,6 @@
 """`analyze_grads.py` against plain loops of backward passes, toys with known answers; its figures against its tables."""
 
+import math
 import shutil
 import subprocess
 import sys
@@ -83,7 +84,9 @@ def test_opposite_targets_have_cosine_minus_one_and_a_reached_target_has_none():
     valid = torch.ones(3, 3).bool()
     windows = ag.Windows(torch.zeros(3, 3, 1), states, targets, torch.zeros(3, 3).long(), valid)
     norms, norms_in_blocks, cosines = ag.gradient_statistics(Toy(), windows)
-    np.testing.assert_allclose(cosines, [[1, -1, 0], [-1, 1, 0], [0, 0, 0]], atol=1e-6)
+    nan = math.nan
+    expected = [[1, -1, nan], [-1, 1, nan], [nan, nan, nan]]
+    np.testing.assert_allclose(cosines, expected, atol=1e-6)
     # The gradient of the mean of (W s - a)^2 over 3 steps and 2 dimensions, at W = 0.
     expected = (2 * (actions[0].T @ states[0]) / 6).norm()
     np.testing.assert_allclose(norms, [expected, expected, 0], rtol=1e-6)
@@ -209,7 +212,7 @@ def test_clipped_norms_are_those_of_the_blocks_after_clipping_everything(runs, t
 
 
 def test_a_window_without_gradient(runs, tmp_path):
-    """All actions saturated: norms and cosines are 0, and nothing warns."""
+    """All actions saturated: norms are 0, cosines are undefined, and nothing warns."""
     shutil.copytree(runs[0], tmp_path / "saturated")
     checkpoint = torch.load(tmp_path / "saturated" / "epoch_1.pt")
     checkpoint["model"]["embed_action.weight"] *= 1e6
@@ -219,7 +222,7 @@ def test_a_window_without_gradient(runs, tmp_path):
         warnings.simplefilter("error", RuntimeWarning)
         windows, pairs, _ = ag.analyze(tmp_path / "saturated", 1, analysis, sample_args(ag))
         assert (windows["norm"] == 0).all() and (windows.clipped_block_norm == 0).all()
-        assert (pairs.cosine == 0).all()
+        assert pairs.cosine.isna().all()
 
 
 def labels_of(axes):

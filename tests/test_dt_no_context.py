@@ -316,6 +316,7 @@ def test_dots_of_heads(tables):
     "first,second,labels",
     [
         ({"seed": 1}, {"seed": 2}, ["gpt2, seed 1", "gpt2, seed 2"]),
+        ({"epoch": 7}, {"epoch": 8}, ["gpt2, epochs 7", "gpt2, epochs 8"]),
         ({"env": "A"}, {"env": "B"}, ["gpt2, env A", "gpt2, env B"]),
         ({}, {"head_std": 0.02}, ["gpt2, head_std default", "gpt2, head_std 0.02"]),
         (
@@ -337,7 +338,7 @@ def test_labels_tell_runs_apart(first, second, labels, tmp_path, monkeypatch):
     log = dt.read_logs(folders)
     assert log.label.tolist() == [labels[0]] * 3 + [labels[1]] * 3
     assert log.run.unique().tolist() == ["one/random", "two/random"]
-    for value in {*first.values(), *second.values()} - {0.02, np.inf}:
+    for value in {*first.values(), *second.values()} - {0.02, np.inf, 7, 8}:
         assert str(value) in dt.describe(log)
 
 
@@ -378,11 +379,11 @@ def test_a_run_and_finished_runs_side_by_side(run_script, tmp_path, figures_as_d
     attention = pd.read_csv(runs / "b" / "attention.csv")
     sizes = attention.groupby(["label", "epoch"]).size().to_dict()
     assert sizes == {
-        ("gpt2, env Hopper-v4, K 1, head_std 0.02", 0): 160,
-        ("gpt2, env Hopper-v4, K 1, head_std 0.02", 1): 160,
-        ("gpt2, env Hopper-v4, K 1, head_std 0.02", 2): 160,
-        ("random, env Hopper-v5, K 20, head_std default", 0): 40,
-        ("random, env Hopper-v5, K 20, head_std default", 1): 40,
+        ("gpt2, env Hopper-v4, K 1, head_std 0.02, epochs 2", 0): 160,
+        ("gpt2, env Hopper-v4, K 1, head_std 0.02, epochs 2", 1): 160,
+        ("gpt2, env Hopper-v4, K 1, head_std 0.02, epochs 2", 2): 160,
+        ("random, env Hopper-v5, K 20, head_std default, epochs 1", 0): 40,
+        ("random, env Hopper-v5, K 20, head_std default, epochs 1", 1): 40,
     }
     # The seed is the same, and so are the windows.
     values = ["block", "window", "head", "epoch", "distance", "own_token"]

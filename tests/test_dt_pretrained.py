@@ -514,6 +514,6 @@ def test_ctrl_c_says_how_to_go_on(run_script, tmp_path, monkeypatch):
     result = run_script(SCRIPT, *COMMAND)
     (folder,) = tmp_path.glob("runs/*")
     assert result.status == 1 and "Traceback" not in result.err
-    sentence = f"Interrupted; the same command with --run-name {folder.name} goes on training."
+    sentence = f"Interrupted; training goes on by the same command with --run-name {folder.name}."
     assert result.err.endswith(sentence + "\n")
     assert dt.read_checkpoint(folder / "latest.pt", "cpu")["step"] == 6
