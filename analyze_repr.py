@@ -1251,11 +1251,11 @@ def plot_heat_maps(grams, pairs, token, analysis, title):
 def plot_information(information, part, x, analysis, title, **panels):
     """What MINE has found, over `x`, beside the shuffled controls (Fig. 2, App. E and H.2).
 
-    Of several estimates at the same x: mean and deviation.
+    Of the estimates of several steps at the same depth: mean and deviation.
     """
     labels = {
         "step": "time step t - K, 0 is the last",
-        "depth": "depth of the block",
+        "depth": "depth of the block (bars: deviation over steps)",
     }
     information = information[information.part == part]
     grid = sns.relplot(
@@ -1277,7 +1277,6 @@ def plot_information(information, part, x, analysis, title, **panels):
     grid.set_axis_labels(labels[x], "information, nats")
     estimate = analysis.mine_estimate.replace("_", "-")
     settings = f"MINE: {analysis.mine_windows} windows, {analysis.mine_passes} passes, {estimate}"
-    settings += "; bars: deviation"
     grid.figure.suptitle(f"{settings}\n{title}", y=1, va="bottom")
     return grid.figure
 
