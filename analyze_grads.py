@@ -1042,8 +1042,9 @@ def plot_windows(windows, pairs, title):
     style = {"y": "label", "hue": "run", "saturation": 1, "legend": False}
     sns.boxplot(windows, x="norm", ax=panels[0], **style)
     sns.boxplot(windows, x="clipped_block_norm", ax=panels[1], **style)
-    sns.boxplot(pairs, x="cosine", ax=panels[2], **style)
-    sns.barplot(pairs, x="cosine", estimator="min", errorbar=None, ax=panels[3], **style)
+    if pairs.cosine.notna().any():  # seaborn cannot draw boxes of nothing
+        sns.boxplot(pairs, x="cosine", ax=panels[2], **style)
+        sns.barplot(pairs, x="cosine", estimator="min", errorbar=None, ax=panels[3], **style)
     # Only now: seaborn would take logarithms before it computes quartiles and whiskers.
     panels[0].set_xscale("log")
     panels[0].tick_params("x", which="both", rotation=90)
@@ -1295,8 +1296,8 @@ if __name__ == "__main__":
 
     log = read_logs(folders)
     of_models = []
-    names = zip(folders, log.run.unique(), log.label.unique(), strict=True)
-    for run_folder, run, label in names:
+    runs = zip(folders, log.run.unique(), log.label.unique(), strict=True)
+    for run_folder, run, label in runs:
         for epoch in dict.fromkeys(analysis.epochs):  # each once
             columns = {"run": run, "label": f"{label}, epoch {epoch}", "epoch": epoch}
             tables = analyze(run_folder, epoch, analysis, args)

@@ -1445,8 +1445,8 @@ if __name__ == "__main__":
     models = {}  # after fine-tuning
     grams = {}
     tables = []
-    names = zip(folders, log.run.unique(), log.label.unique(), strict=True)
-    for run_folder, run, label in names:
+    runs = zip(folders, log.run.unique(), log.label.unique(), strict=True)
+    for run_folder, run, label in runs:
         model_before, _ = load_model(run_folder / "epoch_0.pt", args.device)
         models[label], _ = load_model(run_folder / "latest.pt", args.device)
         before = gram_matrices(model_before, for_cka)

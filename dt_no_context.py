@@ -1258,8 +1258,8 @@ if __name__ == "__main__":
     save_figure(plot_learning_curves(log, title), folder / "learning_curves.png")
     if analysis.attention_windows > 0:
         tables = []
-        names = zip(folders, log.run.unique(), log.label.unique(), strict=True)
-        for run_folder, run, label in names:
+        runs = zip(folders, log.run.unique(), log.label.unique(), strict=True)
+        for run_folder, run, label in runs:
             table = measure_attention(run_folder, analysis, args)
             tables.append(table.assign(run=run, label=label))
         attention = pd.concat(tables, ignore_index=True)

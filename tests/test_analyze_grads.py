@@ -223,6 +223,9 @@ def test_a_window_without_gradient(runs, tmp_path):
         windows, pairs, _ = ag.analyze(tmp_path / "saturated", 1, analysis, sample_args(ag))
         assert (windows["norm"] == 0).all() and (windows.clipped_block_norm == 0).all()
         assert pairs.cosine.isna().all()
+        names = {"run": "saturated", "label": "saturated"}
+        figure = ag.plot_windows(windows.assign(**names), pairs.assign(**names), "nothing to draw")
+        figure.draw_without_rendering()
 
 
 def labels_of(axes):

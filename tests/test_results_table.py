@@ -155,3 +155,11 @@ def test_a_file_is_filled_between_its_marks(folders, tmp_path, capsys):
     text = readme.read_text()
     assert "-->\nold\n" not in text and text.count("| gpt2 |") == 2 and text.endswith(end)
     assert "| 39.0 |" in capsys.readouterr().out
+
+
+def test_backbones_lose_their_folders_but_not_what_they_are(tmp_path):
+    mixed = "random with block 3 of "
+    whole = finished_run(tmp_path / "a", 1, [1.0], "org/gpt2-medium")
+    block = finished_run(tmp_path / "b", 1, [1.0], mixed + "org/gpt2-medium")
+    log = results_table.read_logs([whole, block])
+    assert log.backbone.unique().tolist() == ["gpt2-medium", mixed + "gpt2-medium"]

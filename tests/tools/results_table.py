@@ -5,8 +5,9 @@
     python tests/tools/results_table.py runs/ONE runs/ANOTHER --figure runs.png --title "..."
 
 A folder counts for what is in it: log.csv makes it a run (at least one is needed), attention.csv,
-windows.csv, cka.csv or information.csv an analysis. In the file that --readme names, `<!-- table: NAME -->` and `<!-- end -->`
-enclose a table: scores, losses, attention, gradients, cka, information.
+windows.csv, cka.csv or information.csv an analysis. In the file that --readme names,
+`<!-- table: NAME -->` and `<!-- end -->` enclose a table: scores, losses, attention, gradients, cka,
+information.
 """
 
 from dataclasses import dataclass
